@@ -1,0 +1,11 @@
+"""Which folders are installed as which packages? Everything else stands in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# Folders at the top of the repository that are installed inside `ttrouting`.
+MAPPED = {"ttrouting.strategies": "strategies"}
+
+setup(
+    packages=[*find_packages(include=["ttrouting", "ttrouting.*"]), *MAPPED],
+    package_dir=MAPPED,
+)

@@ -1,0 +1,1 @@
+"""One module per strategy. Each is found by its presence here: nothing lists them by hand."""

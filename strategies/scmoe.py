@@ -1,0 +1,238 @@
+"""SCMoE: contrast the model's strong routing with a weak routing of itself (arXiv 2405.14507).
+
+Legend: `B` sequences, `N` tokens of a forward, `E` experts, `K` per token, `V` vocabulary.
+Both routings are rows of one forward: the strong rows first, the weak ones after them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ttrouting.errors import ConfigError, UnsupportedModelError, did_you_mean
+from ttrouting.keyed import keyed_uniform
+from ttrouting.rows import Rows
+from ttrouting.session import Session
+from ttrouting.sites import Site
+from ttrouting.strategy import DecodingRun, DecodingStrategy, in_range
+from ttrouting.target import Target
+from ttrouting.taps import Call
+
+# Below the mask a token keeps its strong logit, this much lower: probability 0 in fp32 beside any token
+# above the mask, yet in the strong order if a processor bans all of those.
+BELOW = 1000.0
+
+
+@dataclass(frozen=True)
+class WeakRouting:
+    """`rank:r` (only the expert of rank r, counted from 1), `top:n`, or `random`."""
+
+    kind: str
+    count: int = 1
+
+    @classmethod
+    def parse(cls, value: str) -> WeakRouting:
+        """From text.
+
+        Raises:
+            ConfigError: unknown kind or a count below 1.
+        """
+        kind, _, count = value.partition(":") if isinstance(value, str) else ("", "", "")
+        if kind not in ("rank", "top", "random"):
+            raise ConfigError(
+                f"scmoe.weak cannot be {value!r}.{did_you_mean(str(kind), ('rank', 'top', 'random'))}"
+            )
+        if kind == "random":
+            if count:
+                raise ConfigError(f"scmoe.weak='random' takes no count, got {value!r}.")
+            return cls(kind)
+        if not count.isdigit() or int(count) < 1:
+            raise ConfigError(
+                f"scmoe.weak needs a whole number of at least 1 as in '{kind}:2', got {value!r}."
+            )
+        return cls(kind, int(count))
+
+
+@dataclass(frozen=True)
+class SCMoE(DecodingStrategy):
+    """`z = (1 + beta) z_strong - beta z_weak` on tokens with `z_strong >= log(alpha) + max z_strong`.
+
+    The weak stream has its own KV cache, prompt included. The end of a sequence is never banned.
+
+    Args:
+        alpha: plausibility threshold in (0, 1].
+        beta: contrast strength, 0 or more; 0 changes nothing and runs no second row.
+        weak: `rank:r` (default `rank:2`), `top:n` (the first n by choice score) or `random` (one expert).
+            Weights are what the family would give: their usual sum where it renormalises, raw scores where
+            it does not.
+        kl_limit: with `no_harm`, beta is halved per step until KL(contrasted || strong), in nats, is within.
+        seed: for `random`.
+    """
+
+    name: ClassVar[str] = "scmoe"
+    summary: ClassVar[str] = "contrast strong with weak routing; two rows in every forward"
+
+    alpha: float = 0.1
+    beta: float = 0.5
+    weak: str = "rank:2"
+    kl_limit: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range(self.name, "alpha", self.alpha, 0, 1, open_low=True)
+        in_range(self.name, "beta", self.beta, 0, 100)
+        in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
+        WeakRouting.parse(self.weak)
+
+    @property
+    def identity(self) -> bool:
+        """Without contrast nothing changes."""
+        return self.beta == 0
+
+    def check(self, target: Target) -> None:
+        """The weak experts must exist, and their weight must be known."""
+        weak = WeakRouting.parse(self.weak)
+        for site in target.sites:
+            limit = site.num_experts if site.scoring != "other" and site.chooses else site.top_k
+            if weak.kind == "top":
+                limit = site.top_k
+            if weak.kind != "random" and weak.count > limit:
+                raise ConfigError(
+                    f"scmoe.weak={self.weak!r} needs {weak.count} experts, {site.name} offers {limit}. "
+                    f"Use '{weak.kind}:{limit}' or less."
+                )
+            if weak.kind == "random" and (site.scoring == "other" or not site.chooses):
+                raise UnsupportedModelError(
+                    f"scmoe.weak='random' needs a weight for any expert, and {site.name} has no rule for one that "
+                    "was not chosen. Use 'rank:2'."
+                )
+
+    def start(self, session: Session) -> DecodingRun:
+        """Counters of zero for each sequence."""
+        return SCMoERun(self, session)
+
+
+def contrast(strong: Tensor, weak: Tensor, alpha: float, beta: float, mask: bool = True) -> Tensor:
+    """The contrasted logits `[..., V]` by the paper's formula, -inf below the threshold.
+
+    `mask=False` leaves every token in, for log-likelihoods.
+    """
+    mixed = (1 + beta) * strong - beta * weak
+    if not mask:
+        return mixed
+    plausible = strong >= log(alpha) + strong.amax(-1, keepdim=True)
+    return mixed.masked_fill(~plausible, float("-inf"))
+
+
+class SCMoERun(DecodingRun):
+    """One call: routes the weak rows and mixes the logits."""
+
+    strategy: SCMoE
+
+    def __init__(self, strategy: SCMoE, session: Session) -> None:
+        super().__init__(strategy, session)
+        self.weak = WeakRouting.parse(strategy.weak)
+        self.steps: Tensor | None = None  # [B] decoding steps of live sequences
+        self.limited: Tensor | None = None  # [B] of these, with beta reduced
+
+    # --- routing -----------------------------------------------------------------------------------
+
+    def route(
+        self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Strong rows as they are; weak rows get the weak experts, padded with weight 0."""
+        half = rows.tokens // rows.streams
+        chosen = self._experts(site, call, rows)[half:]  # [N/2, n]
+        weight = self._weights(site, call, chosen, half).to(weights)
+        missing = ids.shape[1] - chosen.shape[1]
+        if missing > 0:
+            chosen = torch.cat([chosen, chosen[:, :1].expand(-1, missing)], 1)
+            weight = torch.cat([weight, weight.new_zeros(weight.shape[0], missing)], 1)
+        return torch.cat([ids[:half], chosen], 0), torch.cat([weights[:half], weight], 0)
+
+    def _experts(self, site: Site, call: Call, rows: Rows) -> Tensor:
+        """`[N, n]` experts of a weak routing for every token."""
+        if site.chooses:
+            order = call.ranking().argsort(dim=-1, descending=True, stable=True)  # [N, E]
+        else:  # a fixed table: rank what it gave by weight
+            assert call.ids is not None and call.weights is not None
+            order = call.ids.gather(
+                1, call.weights.argsort(dim=-1, descending=True, stable=True)
+            )  # [N, K]
+        if self.weak.kind == "rank":
+            return order[:, self.weak.count - 1 : self.weak.count]
+        if self.weak.kind == "top":
+            return order[:, : self.weak.count]
+        allowed = (call.ranking() > float("-inf")).sum(-1)  # [N]
+        key = rows.per_token(self.session.keys, order.device)
+        position = rows.position.flatten().to(order.device)
+        draw = keyed_uniform(self.strategy.seed, key, site.index, position)
+        return order.gather(1, (draw * allowed).long()[:, None])
+
+    def _weights(self, site: Site, call: Call, chosen: Tensor, half: int) -> Tensor:
+        """The family's weight of weak experts, `[N/2, n]`."""
+        assert call.ids is not None and call.weights is not None
+        own_ids, own = call.ids[half:], call.weights[half:]  # [N/2, K]
+        if site.scoring == "other" or not site.chooses:
+            same = chosen[:, :, None] == own_ids[:, None, :]  # [N/2, n, K]
+            return (same * own[:, None, :]).sum(-1)
+        scores = call.raw_scores()[half:].gather(1, chosen)  # [N/2, n]
+        scale = site.expert_scale
+        if not site.renormalises:
+            weight = scores * site.rule.scaling
+        else:
+            plain = own if scale is None else own / scale.to(own)[own_ids]
+            weight = (
+                scores / scores.sum(-1, keepdim=True).clamp_min(1e-20) * plain.sum(-1, keepdim=True)
+            )
+        return weight if scale is None else weight * scale.to(weight)[chosen]
+
+    # --- logits -------------------------------------------------------------------------------------
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """`[2, B, S, V]` -> `[B, S, V]` fp32."""
+        options = self.strategy
+        strong, weak = logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind(0)
+        plausible = strong >= log(options.alpha) + strong.amax(-1, keepdim=True)
+        beta: Tensor | float = options.beta
+        if self.session.plan.target.no_harm:
+            beta = self._limit(strong, weak, plausible)
+        mixed = (1 + beta) * strong - beta * weak
+        floor = torch.where(plausible, mixed, float("inf")).amin(-1, keepdim=True)
+        below = strong - strong.amax(-1, keepdim=True) + floor - BELOW
+        return torch.where(plausible, mixed, below)
+
+    def _limit(self, strong: Tensor, weak: Tensor, plausible: Tensor) -> Tensor:
+        """The largest of beta, beta/2, ... 0 whose KL from the strong distribution is within the limit."""
+        log_strong = strong.log_softmax(-1)
+        chosen = torch.zeros_like(strong[..., :1])  # [B, S, 1]
+        for beta in (
+            self.strategy.beta / 8,
+            self.strategy.beta / 4,
+            self.strategy.beta / 2,
+            self.strategy.beta,
+        ):
+            mixed = ((1 + beta) * strong - beta * weak).masked_fill(~plausible, float("-inf"))
+            log_mixed = mixed.log_softmax(-1)
+            gap = torch.where(plausible, log_mixed - log_strong, 0.0)
+            kl = (log_mixed.exp() * gap).sum(-1, keepdim=True)
+            chosen = torch.where(kl <= self.strategy.kl_limit, beta, chosen)
+        if strong.shape[1] == 1 and self.session.live.shape[0] == strong.shape[0]:
+            live = self.session.live.to(chosen.device)
+            reduced = (chosen[:, 0, 0] < self.strategy.beta) & live
+            self.steps = live.long() if self.steps is None else self.steps + live
+            self.limited = reduced.long() if self.limited is None else self.limited + reduced
+        return chosen
+
+    def report(self, sequence: int) -> dict[str, Any]:
+        facts: dict[str, Any] = {"outcome": "applied", "streams": self.strategy.streams}
+        if self.steps is not None and self.limited is not None:
+            steps, limited = int(self.steps[sequence]), int(self.limited[sequence])
+            facts |= {"steps": steps, "limited_steps": limited}
+            if limited:
+                facts["outcome"] = f"beta reduced at {limited} of {steps} steps"
+        return facts

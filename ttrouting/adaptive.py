@@ -1,0 +1,340 @@
+"""`adapt`: a model whose calls run under strategies, and which is its old self outside them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttrouting.context import Context
+from ttrouting.errors import ConfigError, ModelBusy, UnsupportedCallError
+from ttrouting.generation import (
+    EveryInterval,
+    check_generate_call,
+    check_model_call,
+    check_prompt,
+    infer_mask,
+    option,
+    stop_ids,
+)
+from ttrouting.keyed import sequence_keys
+from ttrouting.plan import Plan, make_plan
+from ttrouting.report import Report
+from ttrouting.session import Session
+from ttrouting.sites import Site, find_sites
+from ttrouting.state import AdaptationState
+from ttrouting.strategy import Strategy
+from ttrouting.target import Target
+from ttrouting.usage import UsageMeter
+
+# which models are adapted now; weak, so that a forgotten adapter or model frees its place
+_adapters: weakref.WeakKeyDictionary[Any, weakref.ref[AdaptiveModel]] = weakref.WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+def adapt(
+    model: Any,
+    strategies: Strategy | str | Sequence[Strategy | str],
+    *,
+    no_harm: bool = True,
+    tokenizer: Any = None,
+) -> AdaptiveModel:
+    """Wrap a transformers MoE model so that its calls run under routing and decoding strategies.
+
+    Args:
+        model: any supported model, on any devices, in eval mode.
+        strategies: one or several, as instances or names. Routing strategies compose in the order that
+            their classes state; at most one decoding strategy.
+        no_harm: roll an adaptation back, per sequence, where it does not help on held-back tokens.
+        tokenizer: needed where `loss_on` is a pattern or `"assistant"`.
+
+    Returns:
+        An `AdaptiveModel`. It touches nothing until it is called, and takes everything back after each call.
+
+    Raises:
+        NotMoEError, UnsupportedModelError, ConfigError, CompositionError: see the message.
+        ModelBusy: the model is adapted already.
+    """
+    if isinstance(model, AdaptiveModel):
+        raise ModelBusy(
+            "This model is adapted already. Call .close() on it, then adapt the model itself."
+        )
+    with _registry_lock:
+        reference = _adapters.get(model)
+        holder = reference() if reference is not None else None
+        if holder is not None and not holder.closed:
+            raise ModelBusy(
+                f"{type(model).__name__} is adapted already by {holder!r}. Call .close() on that adapter first."
+            )
+        target = Target(model, find_sites(model), tokenizer, no_harm)
+        adapted = AdaptiveModel(make_plan(target, strategies))
+        _adapters[model] = weakref.ref(adapted)
+    return adapted
+
+
+class AdaptiveModel:
+    """A model under strategies. Not a module: every other attribute is the model's own.
+
+    Use as a context manager, or call `close()` when done. One call at a time: a second thread gets
+    `ModelBusy`.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._paused = 0
+        self._report = Report()
+        self._state = AdaptationState()
+        self.closed = False
+
+    # --- what the model was asked -------------------------------------------------------------------
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        state: AdaptationState | None = None,
+        loss_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """`model.generate` under the strategies: the same arguments, the same return types.
+
+        Args:
+            inputs: `[B, T]` token ids, padded on the left (or `input_ids=`).
+            state: what an earlier call learned (`adapted.state`), to go on from.
+            loss_mask: `[B, T]`, tokens that adaptations learn to predict; overrides `loss_on`.
+            arguments: everything that `model.generate` takes, except what cannot be adapted
+                (user caches, assisted decoding; beams with SCMoE or with intervals): typed refusals.
+
+        Raises:
+            ConfigError, UnsupportedCallError, ModelBusy, CoverageError: see the message. The model is
+            left untouched, also after an interruption.
+        """
+        model = self._model
+        if inputs is not None:
+            arguments["input_ids"] = inputs
+        with self._exclusive():
+            if self._paused or not self._plan.active:
+                self._report, self._state = Report(), AdaptationState()
+                return model.generate(**arguments)
+            check_model_call(model)
+            check_generate_call(self._plan, arguments)
+            ids = arguments.get("input_ids")
+            given = arguments.get("attention_mask")
+            mask = check_prompt(
+                model, ids, infer_mask(model, arguments, ids) if given is None else given
+            )
+            arguments["attention_mask"] = mask.long() if given is None else given
+            targets = _targets(ids, mask, loss_mask)
+            context = Context(ids, mask, targets, loss_mask is not None, _prompt_inputs(arguments))
+            return self._generate(context, arguments, state)
+
+    def _generate(
+        self, context: Context, arguments: dict[str, Any], state: AdaptationState | None
+    ) -> Any:
+        model, plan = self._model, self._plan
+        session = Session(
+            plan, context.mask, sequence_keys(context.ids, context.mask), stop_ids(model, arguments)
+        )
+        if state is not None:
+            tensors = state.for_batch(session.sequences, plan.target.fingerprint)
+            for run in session.runs:
+                run.restore(tensors.get(run.strategy.name, {}))
+        beams, copies = (
+            option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences")
+        )
+        # generate repeats each prompt `max(beams, copies)` times: copies are a subset of the beams
+        repeats = max(beams, copies)
+        clock: dict[str, float] = {}
+        started = perf_counter()
+        meter = UsageMeter(session)
+        with session.installed():
+            with torch.no_grad():
+                for run in session.runs:
+                    run.prepare(context)
+                clock["adapt"] = perf_counter() - started
+                session.expand(repeats)
+                meter.start()
+                self._add_interval(session, context, arguments, clock)
+            begun = perf_counter()
+            output = model.generate(**arguments)
+            clock["generate"] = perf_counter() - begun - clock.get("readapt", 0.0)
+        session.check_coverage()
+        clock["total"] = perf_counter() - started
+        self._state = AdaptationState(
+            {r.strategy.name: t for r in session.runs if (t := r.state())}, plan.target.fingerprint
+        )
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        self._report = meter.report(context, sequences, clock)
+        return output
+
+    def _add_interval(
+        self, session: Session, prompt: Context, arguments: dict[str, Any], clock: dict[str, float]
+    ) -> None:
+        """Let `generate` call back every `interval` tokens, through a criterion that never stops."""
+        interval = self._plan.interval
+        if interval is None:
+            return
+        length = prompt.ids.shape[1]
+        prompt = prompt.repeat(session.sequences // prompt.ids.shape[0])
+
+        def readapt(ids: Tensor) -> None:
+            begun = perf_counter()
+            active = ~session.ended(ids)
+            if bool(active.any()):
+                with torch.no_grad():
+                    text = prompt.continued(ids)
+                    changed = [run.adapt(text, active) for run in session.runs]
+                    if any(changed) and session.cache is not None:
+                        session.refill(text)
+            clock["readapt"] = clock.get("readapt", 0.0) + perf_counter() - begun
+
+        last = option(self._model, arguments, "max_new_tokens")
+        criteria = list(arguments.get("stopping_criteria") or [])
+        arguments["stopping_criteria"] = [*criteria, EveryInterval(interval, length, last, readapt)]
+
+    def __call__(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
+        """A plain forward under the routing strategies. It never optimises; see `generate` for that.
+
+        Raises:
+            UnsupportedCallError: a cache is passed in, whose entries had another routing.
+        """
+        if input_ids is not None:
+            arguments["input_ids"] = input_ids
+        model = self._model
+        with self._exclusive():
+            if self._paused or not self._plan.routing:
+                return model(**arguments)
+            check_model_call(model)
+            cache = arguments.get("past_key_values")
+            if cache is not None:
+                raise UnsupportedCallError(
+                    "A forward with past_key_values cannot be adapted: the cache was computed under another "
+                    "routing. Pass the whole text, or use generate."
+                )
+            ids = arguments.get("input_ids")
+            if not isinstance(ids, Tensor):
+                raise ConfigError("An adapted forward needs input_ids of shape [batch, tokens].")
+            given = arguments.get("attention_mask")
+            mask = torch.ones_like(ids) if given is None or given.dim() != 2 else given
+            mask = mask.to(torch.bool)
+            routing_only = Plan(self._plan.target, self._plan.routing, None)
+            session = Session(routing_only, mask, sequence_keys(ids, mask))
+            tensors = self._state.tensors if self._state.sequences == ids.shape[0] else {}
+            for run in session.runs:
+                run.restore(tensors.get(run.strategy.name, {}))
+            with session.installed():
+                output = model(**arguments)
+            session.check_coverage()
+            return output
+
+    # --- what came of it ------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        """What happened in the last `generate`, per sequence. Prints as a table."""
+        return self._report
+
+    @property
+    def state(self) -> AdaptationState:
+        """What the last `generate` learned; `generate(..., state=...)` goes on from it."""
+        return self._state
+
+    @property
+    def sites(self) -> list[Site]:
+        """The MoE layers."""
+        return self._plan.target.sites
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """What is active, in the order of editing; a decoding strategy last."""
+        last = (self._plan.decoding,) if self._plan.decoding is not None else ()
+        return (*self._plan.routing, *last)
+
+    # --- life -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[Any]:
+        """Inside this block calls go straight to the model: no hook, the same bits."""
+        self._paused += 1
+        try:
+            yield self
+        finally:
+            self._paused -= 1
+
+    def close(self) -> None:
+        """Give the model back. Idempotent; calls after it raise."""
+        with _registry_lock:
+            reference = _adapters.get(self._plan.target.model)
+            if reference is not None and reference() is self:
+                del _adapters[self._plan.target.model]
+        self.closed = True
+
+    def __enter__(self) -> AdaptiveModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also keeps copy and pickle away from a half-made instance
+            raise AttributeError(name)
+        return getattr(self._plan.target.model, name)
+
+    def __repr__(self) -> str:
+        names = " + ".join(s.name for s in self.strategies) or "nothing"
+        return f"<AdaptiveModel {type(self._plan.target.model).__name__}: {names}>"
+
+    # --- helpers --------------------------------------------------------------------------------------
+
+    @property
+    def _model(self) -> Any:
+        if self.closed:
+            raise UnsupportedCallError("This adapter is closed. Call ttr.adapt(model, ...) again.")
+        return self._plan.target.model
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusy(
+                "Another adapted call on this model is still running. Wait for it: sequences of one call go in "
+                "one batch, not in several threads."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _targets(ids: Tensor, mask: Tensor, given: Tensor | None) -> Tensor:
+    """`[B, T]` bool: tokens whose prediction counts; all real ones unless the caller gave a mask."""
+    targets = mask.clone()
+    if given is not None:
+        if given.shape != ids.shape:
+            raise ConfigError(
+                f"loss_mask has shape {tuple(given.shape)} beside input_ids of shape {tuple(ids.shape)}."
+            )
+        targets &= given.to(mask.device, torch.bool)
+    first = mask.long().argmax(1)  # nothing comes before it, so nothing predicts it
+    targets[torch.arange(ids.shape[0], device=ids.device), first] = False
+    return targets
+
+
+_NOT_PROMPT = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+
+
+def _prompt_inputs(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Tensors that go with the prompt into the model (pictures and the like)."""
+    return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and k not in _NOT_PROMPT}

@@ -1,0 +1,155 @@
+"""The seam to the model's own `generate`: what is checked before it, and what happens in its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from ttrouting.errors import ConfigError, UnsupportedCallError
+from ttrouting.plan import Plan
+
+REFUSED_ARGUMENTS = {
+    "past_key_values": "its entries were computed under another routing; pass the whole text instead",
+    "assistant_model": "the draft model's tokens would be checked under a changing routing",
+    "prompt_lookup_num_tokens": "assisted decoding re-uses cache entries across routings",
+    "assistant_early_exit": "assisted decoding re-uses cache entries across routings",
+    "custom_generate": "it replaces the decoding loop that adaptation hooks into",
+    "encoder_outputs": "encoder-decoder models are not supported",
+    "inputs_embeds": "adaptation reads token ids; pass input_ids",
+    "negative_prompt_ids": "classifier-free guidance keeps a second cache that adaptation cannot reach",
+}
+
+
+def option(model: Any, arguments: dict[str, Any], name: str, default: Any = None) -> Any:
+    """A generation option as `generate` will see it: argument, then config argument, then the model's own."""
+    if arguments.get(name) is not None:
+        return arguments[name]
+    for config in (arguments.get("generation_config"), getattr(model, "generation_config", None)):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return default
+
+
+def stop_ids(model: Any, arguments: dict[str, Any]) -> tuple[int, ...]:
+    """Ids after which a sequence has ended: end-of-sequence ids and the padding written after them."""
+    found: list[int] = []
+    for name in ("eos_token_id", "pad_token_id"):
+        value = option(model, arguments, name)
+        if value is not None:
+            found += [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return tuple(dict.fromkeys(found))
+
+
+def check_model_call(model: Any) -> None:
+    """Refuse modes in which no adapted call can work."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedCallError(
+            "Adapted calls do not run under torch.inference_mode(): tensors made there can never take part in "
+            "an optimisation. Use torch.no_grad() instead."
+        )
+    if model.training:
+        raise UnsupportedCallError(
+            f"{type(model).__name__} is in training mode, where routers may be noisy. Call model.eval() first."
+        )
+
+
+def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
+    """Refuse what cannot be done with `generate`, each with the next action."""
+    model = plan.target.model
+    if not getattr(model, "can_generate", lambda: False)():
+        raise UnsupportedCallError(
+            f"{type(model).__name__} cannot generate (no language-model head). Load the ...ForCausalLM class, or "
+            "call the adapted model for a plain forward."
+        )
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise UnsupportedCallError(f"generate({name}=...) cannot be adapted: {reason}.")
+    beams = option(model, arguments, "num_beams", 1)
+    if beams == 1:
+        return
+    if plan.decoding is not None:
+        raise UnsupportedCallError(
+            f"{plan.decoding.name} does not work with num_beams={beams}: a beam reorder would drop its second "
+            "rows. Use num_beams=1."
+        )
+    new = option(model, arguments, "max_new_tokens")
+    if plan.interval is not None and (new is None or new > plan.interval):
+        raise UnsupportedCallError(
+            f"Adaptation every {plan.interval} tokens does not work with num_beams={beams}: beams share one "
+            "adaptation. Use interval=None to adapt on the prompt only, or num_beams=1."
+        )
+
+
+def check_prompt(model: Any, ids: Any, mask: Tensor | None) -> Tensor:
+    """The prompt's mask of real tokens, `[B, T]` bool.
+
+    Raises:
+        ConfigError: no token ids, an empty prompt, right padding, or a prompt longer than the context.
+        UnsupportedCallError: the prompt and the model are on different devices.
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        found = (
+            f"a tensor of shape {tuple(ids.shape)}"
+            if isinstance(ids, Tensor)
+            else type(ids).__name__
+        )
+        raise ConfigError(f"generate needs input_ids of shape [batch, tokens], got {found}.")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(torch.bool)
+    if real.shape != ids.shape:
+        raise ConfigError(
+            f"attention_mask has shape {tuple(real.shape)} beside input_ids of shape {tuple(ids.shape)}."
+        )
+    if ids.shape[1] == 0 or not bool(real.any(1).all()):
+        raise ConfigError("A prompt is empty. Give every sequence at least one token.")
+    if not bool(real[:, -1].all()):
+        raise ConfigError(
+            "The prompt is padded on the right. Pad on the left: tokenizer.padding_side = 'left'."
+        )
+    text = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
+    longest, limit = int(real.sum(1).max()), getattr(text, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"The prompt has {longest} tokens, the model's context {limit}. Shorten the prompt."
+        )
+    home = model.get_input_embeddings().weight.device
+    if home.type != "meta" and not getattr(model, "hf_device_map", None) and ids.device != home:
+        raise UnsupportedCallError(
+            f"input_ids are on {ids.device}, the model's embedding on {home}. Move them: "
+            "inputs = inputs.to(model.device)."
+        )
+    return real
+
+
+def infer_mask(model: Any, arguments: dict[str, Any], ids: Tensor) -> Tensor | None:
+    """The mask that `generate` would assume without one: padding ids, unless they also end sequences."""
+    pad = option(model, arguments, "pad_token_id")
+    eos = option(model, arguments, "eos_token_id")
+    ends = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    if pad is None or pad in ends or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    return ids != pad
+
+
+class EveryInterval(StoppingCriteria):
+    """A criterion that never stops: it calls back every `interval` generated tokens."""
+
+    def __init__(
+        self, interval: int, prompt: int, last: int | None, call: Callable[[Tensor], None]
+    ) -> None:
+        self.interval = interval
+        self.prompt = prompt
+        self.last = last
+        self.call = call
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        new = input_ids.shape[1] - self.prompt
+        if new and new % self.interval == 0 and (self.last is None or new < self.last):
+            self.call(input_ids)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

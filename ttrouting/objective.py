@@ -1,0 +1,61 @@
+"""The loss of a context under the routing of the moment, and a check that it can be differentiated.
+
+Legend: `B` sequences, `T` tokens, `P` positions kept, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttrouting.context import Context
+from ttrouting.session import Session
+
+
+def token_losses(session: Session, context: Context) -> tuple[Tensor, Tensor]:
+    """Next-token cross-entropy of a context.
+
+    Returns:
+        `[B, T]` loss of predicting each token in nats (0 where `context.targets` is off everywhere in the
+        batch), and `[B, V]` log-probabilities of the token after the context. Differentiable.
+    """
+    wanted = context.targets.any(0).nonzero().flatten()  # columns that some sequence predicts
+    keep = torch.cat([wanted - 1, wanted.new_tensor([context.ids.shape[1] - 1])])  # [P]
+    logits = session.read(context, keep).logits
+    if logits.shape[1] != keep.numel():
+        logits = logits[:, keep.to(logits.device)]
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).to(
+        context.ids.device
+    )  # [B, P, V]
+    predicted, last = logits[:, :-1], logits[:, -1]
+    loss = F.cross_entropy(
+        predicted.flatten(0, 1), context.ids[:, wanted].flatten(), reduction="none"
+    )
+    losses = loss.new_zeros(context.ids.shape).index_copy(1, wanted, loss.view(-1, wanted.numel()))
+    return losses, last.log_softmax(-1)
+
+
+def mean_loss(losses: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the chosen tokens of each sequence: `[B, T]`, `[B, T]` bool -> `[B]` (0 where none)."""
+    return (losses * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def split_targets(targets: Tensor, hold_back: bool) -> tuple[Tensor, Tensor]:
+    """Tokens to fit and tokens to judge by: the last max(8, quarter) of each sequence are held back.
+
+    Args:
+        targets: `[B, T]` bool. hold_back: False puts every token into the fit.
+    """
+    if not hold_back:
+        return targets, torch.zeros_like(targets)
+    total = targets.sum(1, keepdim=True)  # [B, 1]
+    held = torch.maximum(total // 4, torch.full_like(total, 8))
+    later = total - targets.long().cumsum(1)  # targets after this token
+    judge = targets & (later < held)
+    return targets & ~judge, judge
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last axis."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -1,0 +1,244 @@
+"""Everything that changes during one adapted call. Nothing of it lives on a module, a class or a global."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ttrouting.context import Context
+from ttrouting.errors import CoverageError
+from ttrouting.patches import Patches
+from ttrouting.rows import Rows, make_rows
+from ttrouting.sites import Site
+from ttrouting.strategy import DecodingRun, RoutingRun, overrides
+from ttrouting.streams import first_stream, repeat_inputs
+from ttrouting.taps import Call, SiteTap
+
+if TYPE_CHECKING:
+    from ttrouting.plan import Plan
+
+Observer = Callable[[Site, Call, Tensor, Tensor, Rows], None]
+
+
+class Session:
+    """One call: its sequences, its runs, its taps.
+
+    Attributes:
+        sequences: `B`, rows of every run's state.
+        keys: `[B]` int64, a number for each sequence from its prompt (for keyed random choices).
+        rows: layout of the forward that is running, None outside one.
+        hidden: input of the experts of the site that is running, `[N, H]`.
+        observers: called after each selection; they look and do not touch.
+    """
+
+    def __init__(
+        self, plan: Plan, mask: Tensor, keys: Tensor, stop_ids: tuple[int, ...] = ()
+    ) -> None:
+        self.plan = plan
+        self.model = plan.target.model
+        self.sites = plan.target.sites
+        self.sequences = mask.shape[0]
+        self.keys = keys
+        self.rows: Rows | None = None
+        self.hidden: Tensor | None = None
+        self.observers: list[Observer] = []
+        self.decoding: DecodingRun | None = None
+        self.edits_logits: list[RoutingRun] = []
+        self.edits_scores: list[RoutingRun] = []
+        self.edits_selection: list[RoutingRun] = []
+        self.cache: Any = None
+        self._mask = mask  # [B, T] bool, the prompt's real tokens
+        self._ended = torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=mask.device)
+        self._cursor = 0
+        self._expected = 0
+        # tensors, not ints: a compiled forward would specialise on the number
+        self._counted = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
+        self._patches = Patches()
+        self._forward: Callable[..., Any] = self.model.forward
+        self.runs = [strategy.start(self) for strategy in plan.routing]
+        self._enabled = True
+        self.enable()
+        if plan.decoding is not None:
+            self.decoding = plan.decoding.start(self)
+
+    # --- taps on and off ----------------------------------------------------------------------------
+
+    def enable(self, only: list[RoutingRun] | None = None) -> None:
+        """Choose which runs edit: all of them, or those given."""
+        runs = self.runs if only is None else only
+        self.edits_logits = [r for r in runs if overrides(r, "edit_logits")]
+        self.edits_scores = [r for r in runs if overrides(r, "edit_scores")]
+        self.edits_selection = [r for r in runs if overrides(r, "edit_selection")]
+
+    @contextmanager
+    def without(self, *runs: RoutingRun) -> Iterator[None]:
+        """Forwards in this block run without the edits of these runs."""
+        before = self.edits_logits, self.edits_scores, self.edits_selection
+        self.enable([r for r in self.runs if r not in runs])
+        try:
+            yield
+        finally:
+            self.edits_logits, self.edits_scores, self.edits_selection = before
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Taps are on inside this block and gone after it, whatever happens."""
+        try:
+            self._forward = self.model.forward
+            for site in self.sites:
+                SiteTap(site, self).install(self._patches)
+            self._patches.forward(self.model, self._make_forward)
+            yield
+        finally:
+            self._patches.undo()
+            self.rows = None
+
+    # --- forwards -------------------------------------------------------------------------------------
+
+    def _make_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(original).parameters)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            kwargs.update(zip(names, args, strict=False))
+            return self._decode_forward(original, kwargs)
+
+        return forward
+
+    def _decode_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """A forward of `generate`: works out the rows, doubles them for a decoding strategy."""
+        tokens = kwargs.get("input_ids")
+        shape = tokens.shape if tokens is not None else kwargs["inputs_embeds"].shape
+        batch, length = int(shape[0]), int(shape[1])
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache is not self.cache:
+            self._cursor = 0
+        streams = self.plan.decoding.streams if self.plan.decoding is not None else 1
+        valid, start = self._layout(tokens, batch, length)
+        rows = make_rows(batch * streams, length, self.sequences, valid, start, streams)
+        if streams > 1:
+            kwargs = repeat_inputs(kwargs, batch, streams)
+        out = self._run(original, rows, kwargs)
+        self._cursor += length
+        self.cache = getattr(out, "past_key_values", None)
+        if streams > 1 and self.decoding is not None:
+            logits = out.logits.view(streams, batch, *out.logits.shape[1:])  # [streams, B, S, V]
+            combined = self.decoding.combine(logits)
+            out = first_stream(out, batch * streams, batch)
+            out.logits = combined
+        return out
+
+    def _layout(self, tokens: Tensor | None, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """`valid [batch, length]` and the position of the first token of each row."""
+        expand = batch // self._mask.shape[0]
+        mask = self._mask if expand == 1 else self._mask.repeat_interleave(expand, 0)
+        prompt, begin = mask.shape[1], self._cursor
+        start = mask[:, :begin].sum(1) + max(0, begin - prompt)  # [batch]
+        inside = mask[:, begin : begin + length]
+        beyond = length - inside.shape[1]
+        if beyond == 0:
+            return inside, start
+        later = torch.ones(batch, beyond, dtype=torch.bool, device=mask.device)
+        if tokens is not None and self.stop_ids.numel():
+            ended = self._ended if self._ended.shape[0] == batch else self._ended.new_zeros(batch)
+            stops = torch.isin(tokens[:, -beyond:].to(mask.device), self.stop_ids)
+            later = ~(ended[:, None] | (stops.cumsum(1) > 0))
+            self._ended = ~later[:, -1]
+        return torch.cat([inside, later], 1), start
+
+    def _run(self, forward: Callable[..., Any], rows: Rows, kwargs: dict[str, Any]) -> Any:
+        self.rows = rows
+        self._expected += rows.tokens
+        try:
+            return forward(**kwargs)
+        finally:
+            self.rows = None
+
+    def read(self, context: Context, keep: Tensor | None = None, **extra: Any) -> Any:
+        """A forward of the model over a context, single stream, taps live, no cache.
+
+        Args:
+            context: what to read. keep: positions whose logits are wanted, `[P]`; all if None.
+        """
+        kwargs = self.context_inputs(context)
+        if keep is not None and "logits_to_keep" in inspect.signature(self._forward).parameters:
+            kwargs["logits_to_keep"] = keep
+        rows = make_rows(
+            context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0
+        )
+        return self._run(self._forward, rows, {"use_cache": False, **kwargs, **extra})
+
+    def context_inputs(self, context: Context) -> dict[str, Any]:
+        """The model inputs for a context as `generate` would prepare them."""
+        kwargs: dict[str, Any] = dict(
+            context.inputs, input_ids=context.ids, attention_mask=context.mask.long()
+        )
+        prepare = type(self.model).__dict__.get("_prepare_position_ids_for_generation")
+        if prepare is None and "position_ids" in inspect.signature(self._forward).parameters:
+            kwargs["position_ids"] = (context.mask.long().cumsum(-1) - 1).clamp_min(0)
+        return kwargs
+
+    def refill(self, context: Context) -> None:
+        """Compute the KV cache of all but the last token of `context` anew, in place.
+
+        `generate` keeps its reference to the cache object, so the object stays and its content goes.
+        """
+        cache = self.cache
+        kwargs = {**self.context_inputs(context.head()), "use_cache": True}
+        if "logits_to_keep" in inspect.signature(self._forward).parameters:
+            kwargs["logits_to_keep"] = 1
+        if getattr(cache, "is_compileable", False):
+            cache.reset()
+            kwargs["past_key_values"] = cache
+        self.cache = None
+        out = self._decode_forward(self._forward, kwargs)
+        if out.past_key_values is not cache:
+            cache.__dict__.update(out.past_key_values.__dict__)
+        self.cache = cache
+
+    # --- sequences ------------------------------------------------------------------------------------
+
+    def expand(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` neighbouring rows (beams, returned sequences)."""
+        if repeats == 1:
+            return
+        self.sequences *= repeats
+        self.keys = self.keys.repeat_interleave(repeats)
+        self._mask = self._mask.repeat_interleave(repeats, 0)
+        self._ended = self._ended.repeat_interleave(repeats)
+        for run in self.runs:
+            run.expand(repeats)
+
+    @property
+    def live(self) -> Tensor:
+        """`[B]` bool: sequences that had not ended at the last forward."""
+        return ~self._ended
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """`[B]` bool: sequences of the text so far, `ids [B, T]`, that have met a stop id after the prompt."""
+        new = ids[:, self._mask.shape[1] :].to(self.stop_ids.device)
+        return torch.isin(new, self.stop_ids).any(1)
+
+    # --- coverage -------------------------------------------------------------------------------------
+
+    def count(self, site: Site, tokens: int) -> None:
+        """A router saw `tokens` tokens."""
+        self._counted[site.index].add_(tokens)
+
+    def check_coverage(self) -> None:
+        """Raise unless every site routed every token of every forward under the taps."""
+        missed = [s for s in self.sites if int(self._counted[s.index]) != self._expected]
+        if missed:
+            worst = missed[0]
+            raise CoverageError(
+                f"{len(missed)} of {len(self.sites)} MoE layers did not see every token: {worst.name} routed "
+                f"{int(self._counted[worst.index])} of {self._expected}. The output is not fully adapted and "
+                "is withheld. A fused or hub kernel may bypass the router: load with use_kernels=False."
+            )

@@ -1,0 +1,154 @@
+"""Find the MoE layers of a model by structure, and probe how each of them routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ttrouting.errors import NotMoEError, UnsupportedModelError
+from ttrouting.scoring import WeightRule
+
+ROUTER_NAMES = ("router", "gate")
+
+REFUSED_MODELS = {
+    "doge": (
+        "its router mixes tokens across the batch (product keys over a flattened view), so routing "
+        "is neither per token nor equal in batches of different sizes"
+    ),
+    "switch_transformers": (
+        "it is an encoder-decoder with one-hot dispatch and capacity drops, so a token's experts "
+        "depend on its neighbours"
+    ),
+    "nllb-moe": (
+        "it is an encoder-decoder whose experts upstream run only numbers 0 and 1, whatever the "
+        "router chooses"
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One MoE layer.
+
+    Attributes:
+        name: module path of the MoE block, e.g. `model.layers.3.mlp`.
+        index: position `l` among the model's sites, 0-based; row of every `[L, E]` tensor.
+        num_experts: `E`, what the router chooses from (identity and skip experts included).
+        top_k: `K`, the model's own experts per token.
+        rule: how logits become mixing weights, probed on real activations.
+        linear_index: which `F.linear` inside the router gives the logits (the last one).
+        topk_index: which `topk` chooses the experts, -1 where there is none.
+        topk_in: where experts are chosen: `"router"`, `"block"` (the MoE block), `"logits"` (a chain of
+            maxima over logits, no top-k) or `"table"` (fixed by token id).
+        interface: how the choice reaches the experts: `"experts"` (ids and weights as arguments),
+            `"dense"` (Llama4: a score for every expert) or `"sorted"` (JetMoe: a sorted dispatch).
+        edit_dtype: dtype in which logits are edited; fp32 unless that would change untouched rows.
+        weight_dtype: dtype in which the experts expect their weights.
+        real_experts: ids from here on stand for "no expert" once chosen (Zaya's skip expert).
+        limits: what this layer cannot do, in words.
+    """
+
+    name: str
+    index: int
+    block: nn.Module = field(repr=False)
+    router: nn.Module = field(repr=False)
+    experts: nn.Module | None = field(repr=False)
+    num_experts: int
+    top_k: int
+    rule: WeightRule
+    linear_index: int
+    topk_index: int
+    topk_in: str
+    interface: str
+    edit_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    real_experts: int
+    limits: tuple[str, ...] = ()
+
+    @property
+    def scoring(self) -> str:
+        """Name of the scoring rule: softmax, sigmoid, sqrt_softplus, choice or other."""
+        return self.rule.scoring
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the family divides the chosen weights by their sum."""
+        return self.rule.renormalises
+
+    @property
+    def chooses(self) -> bool:
+        """Whether experts are chosen by score (False: by a fixed token-to-expert table)."""
+        return self.topk_in != "table"
+
+    @property
+    def expert_scale(self) -> Tensor | None:
+        """`[E]` a learned factor on each expert's weight (Gemma 4), or None."""
+        return getattr(self.router, "per_expert_scale", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A block that looks like an MoE layer, before it was seen at work."""
+
+    name: str
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module | None
+    interface: str
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Blocks with a child `experts` beside a child `router` or `gate`, and JetMoe's MLP blocks."""
+    found = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        router = next((children[r] for r in ROUTER_NAMES if r in children), None)
+        if router is None:
+            continue
+        if "experts" in children:
+            dense = type(router).__name__ == "Llama4Router"
+            found.append(
+                Candidate(
+                    name, module, router, children["experts"], "dense" if dense else "experts"
+                )
+            )
+        elif {"input_linear", "output_linear"} <= set(children) and not hasattr(module, "map"):
+            # `map` marks JetMoe's attention router, whose k is tied to the number of query heads
+            found.append(Candidate(name, module, router, None, "sorted"))
+    return found
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The MoE layers of `model`, in forward order.
+
+    Runs the model once on sixteen tokens (twice through each router in half precision) to see where
+    its logits and choices appear and how weights follow from them. Nothing is left behind.
+
+    Raises:
+        NotMoEError: no MoE layer was found; the message says what was searched.
+        UnsupportedModelError: the family cannot be adapted, or a router is bypassed by a fused kernel.
+    """
+    from ttrouting.probe import probe_sites
+
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", "")
+    if model_type in REFUSED_MODELS:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be adapted: {REFUSED_MODELS[model_type]}. "
+            "Use a decoder-only MoE, for example OLMoE, Mixtral or Qwen3-MoE."
+        )
+    found = candidates(model)
+    if not found:
+        modules = sum(1 for _ in model.modules())
+        raise NotMoEError(
+            f"No MoE layer in {type(model).__name__}: searched {modules} modules for a child 'experts' "
+            f"beside a child {' or '.join(map(repr, ROUTER_NAMES))} and found none. "
+            "Load a Mixture-of-Experts model, or the pocket model with ttr.load_pocket()."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder. Only decoder-only models are supported."
+        )
+    return probe_sites(model, found)

@@ -1,0 +1,90 @@
+"""Which tokens count in a loss: all, those that match a pattern, or the assistant's turns."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttrouting.context import Context
+from ttrouting.errors import ConfigError
+
+_MARKS = ("\u2402user\u2403", "\u2402reply\u2403", "\u2402again\u2403")
+
+
+def check_loss_on(loss_on: str, tokenizer: Any = ...) -> None:
+    """Raise `ConfigError` on a bad pattern, or where a tokenizer (if given, may be None) is missing.
+
+    Args:
+        loss_on: `all`, `assistant` or a regular expression.
+        tokenizer: leave out to check the text alone.
+    """
+    if not isinstance(loss_on, str) or not loss_on:
+        raise ConfigError(
+            f"loss_on must be 'all', 'assistant' or a regular expression, got {loss_on!r}."
+        )
+    if loss_on not in ("all", "assistant"):
+        try:
+            re.compile(loss_on)
+        except re.error as error:
+            raise ConfigError(f"loss_on={loss_on!r} is no regular expression: {error}.") from None
+    if tokenizer is None and loss_on != "all":
+        raise ConfigError(
+            f"loss_on={loss_on!r} looks at text and needs the tokenizer: ttr.adapt(model, ..., tokenizer=tokenizer)."
+        )
+    if loss_on == "assistant" and tokenizer is not ...:
+        _assistant_pattern(tokenizer)
+
+
+def narrow_targets(context: Context, loss_on: str, tokenizer: Any) -> Tensor:
+    """`context.targets` restricted to what `loss_on` names, `[B, T]` bool; the caller's own mask wins."""
+    if loss_on == "all" or context.explicit:
+        return context.targets
+    pattern = _assistant_pattern(tokenizer) if loss_on == "assistant" else re.compile(loss_on)
+    inside = torch.zeros_like(context.targets)
+    for i in range(context.ids.shape[0]):
+        columns = context.mask[i].nonzero().flatten().tolist()
+        text, starts = token_starts(context.ids[i, columns].tolist(), tokenizer)
+        for match in pattern.finditer(text):
+            first, last = match.span(1 if pattern.groups else 0)
+            for column, begin, end in zip(columns, starts, [*starts[1:], len(text)], strict=True):
+                if begin < last and end > first:
+                    inside[i, column] = True
+    return context.targets & inside
+
+
+def token_starts(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """The text of token ids and where in it each token begins."""
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if getattr(tokenizer, "is_fast", False):
+        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if again["input_ids"] == ids:
+            return text, [begin for begin, _ in again["offset_mapping"]]
+    # the same text may have been split differently: decode prefixes instead
+    starts = [
+        len(
+            tokenizer.decode(ids[:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        for i in range(len(ids))
+    ]
+    return text, starts
+
+
+def _assistant_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """A pattern whose group is an assistant turn, read off the chat template by rendering marks with it."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "loss_on='assistant' needs a tokenizer with a chat template. Use a pattern such as 'A: .*' instead."
+        )
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    before = text.split(_MARKS[0])[1].split(_MARKS[1])[0]
+    after = text.split(_MARKS[1])[1].split(_MARKS[2])[0]
+    if not before or not after:
+        raise ConfigError(
+            "The chat template does not separate turns, so loss_on='assistant' cannot find them. Use a pattern."
+        )
+    return re.compile(f"{re.escape(before)}(.*?)(?={re.escape(after)}|$)", re.DOTALL)
