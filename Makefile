@@ -1,7 +1,16 @@
-# make demo   the whole thing on the pocket model, in a minute, without a download
-# make test   the tests        (one of them: make test ARGS="tests/test_sites.py -k olmoe")
+# make demo   the whole thing on the pocket model, without a GPU and without a download of weights
+# make test   the tests; one of them: make test ARGS="tests/test_sites.py -k olmoe"
 # make lint   ruff and mypy
-# make clean  remove what the targets above made, the environment included
+# make clean  remove what these made, the environment included
+#
+# On Linux the index's PyTorch brings CUDA along. Without a GPU this is smaller and faster:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV   ?= .venv
@@ -11,43 +20,39 @@ ARGS   ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-# Small models: more threads only get into each other's way. Nothing is fetched from a hub.
-export OMP_NUM_THREADS ?= 1
-export TOKENIZERS_PARALLELISM ?= false
-
-.PHONY: help demo test lint clean
-.DELETE_ON_ERROR:
-
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-core
 	@$(BIN)/ttrouting demo $(ARGS)
 
+# One thread for each worker: the models are tiny, and nothing may be fetched from a hub.
 test: $(VENV)/.installed-test
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-lint build/mypy/ttrouting/strategies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy | sed 's#^build/mypy/ttrouting/##'
 
 clean:
 	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-# mypy reads folders and knows nothing of package-dir: the link puts `strategies/` where it is imported.
+# mypy does not follow setuptools' package-dir, so it is shown `strategies/` where it is imported from.
 build/mypy/ttrouting/strategies:
-	@mkdir -p $(@D) && ln -sfn ../../../strategies $@
+	@mkdir -p $(@D)
+	@ln -sfn ../../../strategies $@
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "No python3 was found. ttrouting needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "$(PYTHON) is $$($(PYTHON) -V), ttrouting needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Creating $(VENV) with $$($(PYTHON) -V)"
-	@$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "No python3 was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "ttrouting needs Python 3.11 or newer, $(PYTHON) is $$("$(PYTHON)" -V)." \
+	         "Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$("$(PYTHON)" -V)"
+	@"$(PYTHON)" -m venv $(VENV)
 
-# `core` is the package alone, any other name is one of its extras. A stamp is as new as the last install.
+# `core` is the package alone, any other name is one of its extras; the stamp dates the last install.
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	@echo "Installing ttrouting ($*) into $(VENV); the first time, PyTorch makes this take minutes"
+	@echo "Installing ttrouting ($*) into $(VENV); the first time this downloads PyTorch"
 	@$(PIP) install -c constraints.txt -e '.$(if $(filter-out core,$*),[$*])'
 	@touch $@

@@ -144,9 +144,7 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tenso
     return torch.stack(losses).mean()
 
 
-def step_loss(
-    model: OlmoeForCausalLM, ids: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def step_loss(model: OlmoeForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(loss to minimise, weighted cross-entropy)` of one batch, in nats per token."""
     out = model(input_ids=ids, output_router_logits=True, use_cache=False)
     logits, targets, w = out.logits[:, :-1], ids[:, 1:], weights[:, 1:]
@@ -192,9 +190,7 @@ def train(model: OlmoeForCausalLM, text: Text, args: argparse.Namespace) -> None
             save(model, optimizer, step + 1, args.checkpoint)
 
 
-def save(
-    model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, step: int, folder: Path | None
-) -> None:
+def save(model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, step: int, folder: Path | None) -> None:
     """Write a checkpoint whole or not at all: a kill in the middle leaves the one before."""
     if folder is None:
         return
@@ -220,9 +216,7 @@ def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
     tokenizer.save_pretrained(out)
 
 
-def evaluate(
-    out: Path, n: int, device: str
-) -> tuple[dict[tuple[str, str, int], Score], torch.Tensor]:
+def evaluate(out: Path, n: int, device: str) -> tuple[dict[tuple[str, str, int], Score], torch.Tensor]:
     """Measure what was written: `{(skill, dialect, shots): score}` and expert load `[L, E]`."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     model = OlmoeForCausalLM.from_pretrained(out, dtype=torch.float32).to(device).eval()
@@ -230,9 +224,7 @@ def evaluate(
     for skill in SKILLS:
         for dialect in DIALECTS:
             for shots in (0, SHOTS):
-                score = exact_match(
-                    model, tokenizer, skill, dialect, n=n, shots=shots, seed=EVAL_SEED
-                )
+                score = exact_match(model, tokenizer, skill, dialect, n=n, shots=shots, seed=EVAL_SEED)
                 scores[skill, dialect, shots] = score
                 print(f"{skill} {dialect} {shots}-shot {score.accuracy:.3f}", file=sys.stderr)
     texts = [

@@ -21,8 +21,8 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of, same_model
-from ttrouting.target import Target
 from ttrouting.taps import Call
+from ttrouting.target import Target
 
 RULES = ("top_p", "relative", "sensitivity", "entropy")
 DEFAULT_P = {"top_p": 0.8, "entropy": 0.75}
@@ -71,9 +71,7 @@ class DynamicK(RoutingStrategy):
     """
 
     name: ClassVar[str] = "dynamic_k"
-    summary: ClassVar[str] = (
-        "fewer experts where the router is confident; a cost method, accuracy may fall"
-    )
+    summary: ClassVar[str] = "fewer experts where the router is confident; a cost method, accuracy may fall"
     order: ClassVar[int] = 50
     unique: ClassVar[bool] = True
 
@@ -134,9 +132,7 @@ class DynamicK(RoutingStrategy):
 
     def check(self, target: Target) -> None:
         """`sensitivity` needs one value a layer; a calibration belongs to one model."""
-        if self.rule == "sensitivity" and (
-            self.sensitivity is None or len(self.sensitivity) != len(target.sites)
-        ):
+        if self.rule == "sensitivity" and (self.sensitivity is None or len(self.sensitivity) != len(target.sites)):
             found = "none" if self.sensitivity is None else len(self.sensitivity)
             raise ConfigError(
                 f"dynamic_k.rule='sensitivity' needs a value for each of {len(target.sites)} layers, got {found}. "
@@ -168,8 +164,8 @@ class DynamicK(RoutingStrategy):
         elif self.rule == "relative":
             kept = weights >= self.beta * weights.amax(-1, keepdim=True)
         else:
-            assert self.sensitivity is not None
-            kept = weights >= sqrt(self.threshold / self.sensitivity[site.index])
+            per_layer = self.sensitivity or ()  # `check` has seen one for each layer
+            kept = weights >= sqrt(self.threshold / per_layer[site.index])
         if self.gate is not None:
             kept = kept | (all_pi.amax(-1, keepdim=True) < self.gate)
         return kept | (place < self.floor)
@@ -232,7 +228,5 @@ class DynamicKRun(RoutingRun):
         if self.seen:
             facts |= self.seen[sequence]
             if not bool(self.on[sequence]):
-                facts["outcome"] = (
-                    f"rolled back: next-token KL {facts['kl']:.3f} over {facts['kl_limit']:.3f}"
-                )
+                facts["outcome"] = f"rolled back: next-token KL {facts['kl']:.3f} over {facts['kl_limit']:.3f}"
         return facts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site, find_sites
 from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of, same_model
-from ttrouting.target import Target
 from ttrouting.taps import Call
+from ttrouting.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,7 @@ class ExpertMask(RoutingStrategy):
     """
 
     name: ClassVar[str] = "expert_mask"
-    summary: ClassVar[str] = (
-        "only experts that a few demonstrations use; free, harmful off their domain"
-    )
+    summary: ClassVar[str] = "only experts that a few demonstrations use; free, harmful off their domain"
     order: ClassVar[int] = 20
     unique: ClassVar[bool] = True
 
@@ -48,15 +46,9 @@ class ExpertMask(RoutingStrategy):
 
     def __post_init__(self) -> None:
         one_of(self.name, "at", self.at, ("choice", "logits"))
-        if (
-            not isinstance(self.mask, Tensor)
-            or self.mask.dim() != 2
-            or self.mask.dtype != torch.bool
-        ):
+        if not isinstance(self.mask, Tensor) or self.mask.dim() != 2 or self.mask.dtype != torch.bool:
             found = (
-                f"{tuple(self.mask.shape)} {self.mask.dtype}"
-                if isinstance(self.mask, Tensor)
-                else repr(self.mask)
+                f"{tuple(self.mask.shape)} {self.mask.dtype}" if isinstance(self.mask, Tensor) else repr(self.mask)
             )
             raise ConfigError(
                 f"expert_mask.mask must be a bool tensor [layers, experts], got {found}. "
@@ -79,9 +71,7 @@ class ExpertMask(RoutingStrategy):
             ConfigError: no text, or fewer experts kept than the model chooses per token.
         """
         if not texts:
-            raise ConfigError(
-                "ExpertMask.from_demonstrations needs at least one text; the paper uses 25."
-            )
+            raise ConfigError("ExpertMask.from_demonstrations needs at least one text; the paper uses 25.")
         sites = find_sites(model)
         target = Target(model, sites)
         scores = expert_scores(target, tokenizer, texts)  # [L, E]
@@ -106,9 +96,7 @@ class ExpertMask(RoutingStrategy):
         need = (len(target.sites), max(s.num_experts for s in target.sites))
         if self.mask is None or tuple(self.mask.shape) != need:
             found = None if self.mask is None else tuple(self.mask.shape)
-            raise ConfigError(
-                f"expert_mask.mask has shape {found}; this model needs {need} (layers, experts)."
-            )
+            raise ConfigError(f"expert_mask.mask has shape {found}; this model needs {need} (layers, experts).")
         check_keeps_enough(self.name, self.mask, target.sites)
 
     def start(self, session: Session) -> RoutingRun:
@@ -129,8 +117,7 @@ class _MaskRun(RoutingRun):
 
     def kept(self, site: Site, like: Tensor) -> Tensor:
         """`[1, E]` bool on the right device."""
-        assert self.strategy.mask is not None
-        return self.strategy.mask[site.index, : site.num_experts].to(like.device)[None]
+        return cast(Tensor, self.strategy.mask)[site.index, : site.num_experts].to(like.device)[None]
 
     def edit_selection(
         self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows

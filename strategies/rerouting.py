@@ -49,9 +49,7 @@ class Rerouting(RoutingStrategy):
     """
 
     name: ClassVar[str] = "rerouting"
-    summary: ClassVar[str] = (
-        "optimise router logits on the prompt; about 3 forwards a step at prefill, decode free"
-    )
+    summary: ClassVar[str] = "optimise router logits on the prompt; about 3 forwards a step at prefill, decode free"
     order: ClassVar[int] = 40
     unique: ClassVar[bool] = True
 
@@ -149,11 +147,7 @@ class ReroutingRun(RoutingRun):
         if not past:
             return {"outcome": "not adapted"}
         accepted = sum(phase["outcome"] == "accepted" for phase in past)
-        outcome = (
-            past[0]["outcome"]
-            if len(past) == 1
-            else f"accepted {accepted} of {len(past)} adaptations"
-        )
+        outcome = past[0]["outcome"] if len(past) == 1 else f"accepted {accepted} of {len(past)} adaptations"
         return {**past[0], "outcome": outcome, "adaptations": past}
 
     # --- optimisation ------------------------------------------------------------------------------
@@ -196,13 +190,9 @@ class ReroutingRun(RoutingRun):
     def _layer_weights(self, summary: RoutingSummary) -> Tensor:
         device = self.delta.device
         confidence, entropy = (summary.stacked(n, device) for n in ("confidence", "entropy"))
-        return self.rule.weights(confidence, entropy, self.session.keys, self.strategy.seed).to(
-            self.delta
-        )
+        return self.rule.weights(confidence, entropy, self.session.keys, self.strategy.seed).to(self.delta)
 
-    def _descend(
-        self, context: Context, fit: Tensor, start: Tensor, weights: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _descend(self, context: Context, fit: Tensor, start: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`steps` steps from `start [B, L, E]`; layers move by `weights [B, L]`. Returns the loss curve too."""
         delta, update = start, weights[:, :, None]
         mean, square = torch.zeros_like(start), torch.zeros_like(start)
@@ -218,9 +208,7 @@ class ReroutingRun(RoutingRun):
                 if self.strategy.optimizer == "adam":
                     mean = 0.9 * mean + 0.1 * gradient
                     square = 0.999 * square + 0.001 * gradient**2
-                    direction = (mean / (1 - 0.9**step)) / (
-                        (square / (1 - 0.999**step)).sqrt() + 1e-8
-                    )
+                    direction = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
                 else:
                     direction = gradient
                 delta = delta - self.strategy.lr * update * direction
@@ -232,9 +220,7 @@ class ReroutingRun(RoutingRun):
         """Write down what happened to each sequence that was asked to adapt."""
         counts = context.targets.sum(1).tolist()
         names = [s.name for s in self.session.sites]
-        for i, (is_active, has_enough) in enumerate(
-            zip(active.tolist(), enough.tolist(), strict=True)
-        ):
+        for i, (is_active, has_enough) in enumerate(zip(active.tolist(), enough.tolist(), strict=True)):
             if not is_active:
                 continue
             phase: dict[str, Any] = {"tokens": int(context.mask[i].sum()), "loss_tokens": counts[i]}

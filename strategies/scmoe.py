@@ -19,8 +19,8 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.strategy import DecodingRun, DecodingStrategy, in_range
-from ttrouting.target import Target
 from ttrouting.taps import Call
+from ttrouting.target import Target
 
 # Below the mask a token keeps its strong logit, this much lower: probability 0 in fp32 beside any token
 # above the mask, yet in the strong order if a processor bans all of those.
@@ -43,17 +43,13 @@ class WeakRouting:
         """
         kind, _, count = value.partition(":") if isinstance(value, str) else ("", "", "")
         if kind not in ("rank", "top", "random"):
-            raise ConfigError(
-                f"scmoe.weak cannot be {value!r}.{did_you_mean(str(kind), ('rank', 'top', 'random'))}"
-            )
+            raise ConfigError(f"scmoe.weak cannot be {value!r}.{did_you_mean(str(kind), ('rank', 'top', 'random'))}")
         if kind == "random":
             if count:
                 raise ConfigError(f"scmoe.weak='random' takes no count, got {value!r}.")
             return cls(kind)
         if not count.isdigit() or int(count) < 1:
-            raise ConfigError(
-                f"scmoe.weak needs a whole number of at least 1 as in '{kind}:2', got {value!r}."
-            )
+            raise ConfigError(f"scmoe.weak needs a whole number of at least 1 as in '{kind}:2', got {value!r}.")
         return cls(kind, int(count))
 
 
@@ -141,9 +137,7 @@ class SCMoERun(DecodingRun):
 
     # --- routing -----------------------------------------------------------------------------------
 
-    def route(
-        self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Strong rows as they are; weak rows get the weak experts, padded with weight 0."""
         half = rows.tokens // rows.streams
         chosen = self._experts(site, call, rows)[half:]  # [N/2, n]
@@ -159,10 +153,8 @@ class SCMoERun(DecodingRun):
         if site.chooses:
             order = call.ranking().argsort(dim=-1, descending=True, stable=True)  # [N, E]
         else:  # a fixed table: rank what it gave by weight
-            assert call.ids is not None and call.weights is not None
-            order = call.ids.gather(
-                1, call.weights.argsort(dim=-1, descending=True, stable=True)
-            )  # [N, K]
+            ids, weights = call.chosen()
+            order = ids.gather(1, weights.argsort(dim=-1, descending=True, stable=True))  # [N, K]
         if self.weak.kind == "rank":
             return order[:, self.weak.count - 1 : self.weak.count]
         if self.weak.kind == "top":
@@ -175,8 +167,7 @@ class SCMoERun(DecodingRun):
 
     def _weights(self, site: Site, call: Call, chosen: Tensor, half: int) -> Tensor:
         """The family's weight of weak experts, `[N/2, n]`."""
-        assert call.ids is not None and call.weights is not None
-        own_ids, own = call.ids[half:], call.weights[half:]  # [N/2, K]
+        own_ids, own = (t[half:] for t in call.chosen())  # [N/2, K]
         if site.scoring == "other" or not site.chooses:
             same = chosen[:, :, None] == own_ids[:, None, :]  # [N/2, n, K]
             return (same * own[:, None, :]).sum(-1)
@@ -186,9 +177,7 @@ class SCMoERun(DecodingRun):
             weight = scores * site.rule.scaling
         else:
             plain = own if scale is None else own / scale.to(own)[own_ids]
-            weight = (
-                scores / scores.sum(-1, keepdim=True).clamp_min(1e-20) * plain.sum(-1, keepdim=True)
-            )
+            weight = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20) * plain.sum(-1, keepdim=True)
         return weight if scale is None else weight * scale.to(weight)[chosen]
 
     # --- logits -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Legend: `B` sequences, `L` MoE layers, `E` experts, `N` tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, same_model
-from ttrouting.target import Target
 from ttrouting.taps import Call
+from ttrouting.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +45,11 @@ class StaticRouting(RoutingStrategy):
                 continue
             if not isinstance(value, Tensor) or value.dim() not in (2, 3):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ConfigError(
-                    f"static_routing.{option} must be [L, E] or [B, L, E], got {shape}."
-                )
+                raise ConfigError(f"static_routing.{option} must be [L, E] or [B, L, E], got {shape}.")
         if self.delta is not None:
             finite(self.name, "delta", self.delta)
         if self.mask is not None and self.mask.dtype != torch.bool:
-            raise ConfigError(
-                f"static_routing.mask must be bool, got {self.mask.dtype}. Use mask.bool()."
-            )
+            raise ConfigError(f"static_routing.mask must be bool, got {self.mask.dtype}. Use mask.bool().")
 
     @property
     def identity(self) -> bool:
@@ -107,15 +103,13 @@ class _StaticRun(RoutingRun):
 
 class _DeltaRun(_StaticRun):
     def edit_logits(self, site: Site, logits: Tensor, rows: Rows) -> Tensor:
-        assert self.delta is not None
-        delta = self.delta[:, site.index, : site.num_experts].to(logits)
+        delta = cast(Tensor, self.delta)[:, site.index, : site.num_experts].to(logits)
         return logits + rows.per_token(delta, logits.device)
 
 
 class _MaskRun(_StaticRun):
     def _kept(self, site: Site, rows: Rows, device: torch.device) -> Tensor:
-        assert self.mask is not None
-        return rows.per_token(self.mask[:, site.index, : site.num_experts], device)  # [N, E]
+        return rows.per_token(cast(Tensor, self.mask)[:, site.index, : site.num_experts], device)  # [N, E]
 
     def edit_scores(self, site: Site, scores: Tensor, rows: Rows) -> Tensor:
         return mask_scores(scores, self._kept(site, rows, scores.device))

@@ -312,9 +312,7 @@ def test_left_padding_does_not_change_answers(loaded):
 
 
 def test_no_expert_is_dead(loaded):
-    texts = [
-        e.prompt + e.completion for s, d in trained_pairs() for e in sample(s, d, "test", 6, 1)
-    ]
+    texts = [e.prompt + e.completion for s, d in trained_pairs() for e in sample(s, d, "test", 6, 1)]
     load = expert_load(*loaded, texts)
     assert load.shape == (loaded[0].config.num_hidden_layers, loaded[0].config.num_experts)
     assert torch.allclose(load.sum(1), torch.ones(len(load)))

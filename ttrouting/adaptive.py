@@ -63,9 +63,7 @@ def adapt(
         ModelBusy: the model is adapted already.
     """
     if isinstance(model, AdaptiveModel):
-        raise ModelBusy(
-            "This model is adapted already. Call .close() on it, then adapt the model itself."
-        )
+        raise ModelBusy("This model is adapted already. Call .close() on it, then adapt the model itself.")
     with _registry_lock:
         reference = _adapters.get(model)
         holder = reference() if reference is not None else None
@@ -128,28 +126,20 @@ class AdaptiveModel:
             check_generate_call(self._plan, arguments)
             ids = arguments.get("input_ids")
             given = arguments.get("attention_mask")
-            mask = check_prompt(
-                model, ids, infer_mask(model, arguments, ids) if given is None else given
-            )
+            mask = check_prompt(model, ids, infer_mask(model, arguments, ids) if given is None else given)
             arguments["attention_mask"] = mask.long() if given is None else given
             targets = _targets(ids, mask, loss_mask)
             context = Context(ids, mask, targets, loss_mask is not None, _prompt_inputs(arguments))
             return self._generate(context, arguments, state)
 
-    def _generate(
-        self, context: Context, arguments: dict[str, Any], state: AdaptationState | None
-    ) -> Any:
+    def _generate(self, context: Context, arguments: dict[str, Any], state: AdaptationState | None) -> Any:
         model, plan = self._model, self._plan
-        session = Session(
-            plan, context.mask, sequence_keys(context.ids, context.mask), stop_ids(model, arguments)
-        )
+        session = Session(plan, context.mask, sequence_keys(context.ids, context.mask), stop_ids(model, arguments))
         if state is not None:
             tensors = state.for_batch(session.sequences, plan.target.fingerprint)
             for run in session.runs:
                 run.restore(tensors.get(run.strategy.name, {}))
-        beams, copies = (
-            option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences")
-        )
+        beams, copies = (option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences"))
         # generate repeats each prompt `max(beams, copies)` times: copies are a subset of the beams
         repeats = max(beams, copies)
         clock: dict[str, float] = {}

@@ -24,9 +24,7 @@ SCHEMA = 1
 MANIFEST, TENSORS = "ttrouting.json", "tensors.safetensors"
 
 
-def save(
-    path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | AdaptationState
-) -> Path:
+def save(path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | AdaptationState) -> Path:
     """Write strategies, or the state of an adapted model, into a folder. Replaces an earlier one whole.
 
     Args:
@@ -37,9 +35,7 @@ def save(
     """
     folder = Path(path)
     if folder.exists() and not (folder / MANIFEST).is_file():
-        raise ArtefactError(
-            f"{folder} exists and was not written by ttr.save. Choose another path."
-        )
+        raise ArtefactError(f"{folder} exists and was not written by ttr.save. Choose another path.")
     manifest: dict[str, Any] = {"schema": SCHEMA}
     tensors: dict[str, Tensor] = {}
     if isinstance(what, AdaptationState):
@@ -57,9 +53,7 @@ def save(
     # written beside its place and moved there whole: a kill leaves the old folder or the new one
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / TENSORS
-        )
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / TENSORS)
         manifest["sha256"] = _sha256(draft / TENSORS)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         draft.chmod(0o755)
@@ -99,9 +93,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         return AdaptationState(groups, manifest["fingerprint"])
     found = []
     for number, config in enumerate(manifest["strategies"]):
-        own = {
-            k.partition("/")[2]: v for k, v in tensors.items() if k.partition("/")[0] == str(number)
-        }
+        own = {k.partition("/")[2]: v for k, v in tensors.items() if k.partition("/")[0] == str(number)}
         found.append(get_strategy(config["strategy"]).from_dict(config, own))
     return found
 
@@ -111,23 +103,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ArtefactError(
-            f"{folder} holds no {MANIFEST}. Give a folder that ttr.save wrote."
-        ) from None
+        raise ArtefactError(f"{folder} holds no {MANIFEST}. Give a folder that ttr.save wrote.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{file} is damaged: {error}.") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ArtefactError(
-            f"{file} has schema {found!r}, this version reads {SCHEMA}. Save it again."
-        )
-    needed = {"state": ("fingerprint",), "strategies": ("strategies",)}.get(
-        manifest.get("kind", "")
-    )
+        raise ArtefactError(f"{file} has schema {found!r}, this version reads {SCHEMA}. Save it again.")
+    needed = {"state": ("fingerprint",), "strategies": ("strategies",)}.get(manifest.get("kind", ""))
     if needed is None or any(key not in manifest for key in needed):
-        raise ArtefactError(
-            f"{file} lacks its content (kind {manifest.get('kind')!r}). Save it again."
-        )
+        raise ArtefactError(f"{file} lacks its content (kind {manifest.get('kind')!r}). Save it again.")
     return manifest
 
 

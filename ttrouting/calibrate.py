@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,8 @@ from ttrouting.plan import Plan
 from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site, find_sites
-from ttrouting.target import Target
 from ttrouting.taps import Call
+from ttrouting.target import Target
 from ttrouting.texts import text_contexts
 
 if TYPE_CHECKING:
@@ -74,9 +75,7 @@ def calibrate(
     low, high = 1e-6, 1.0
     if rule == "sensitivity":
         high = _largest_threshold(draft, target)
-    few, many = (
-        _measure(target, contexts, with_value(v)) for v in ((low, high) if rising else (high, low))
-    )
+    few, many = (_measure(target, contexts, with_value(v)) for v in ((low, high) if rising else (high, low)))
     if not few - tolerance <= mean_k <= many + tolerance:
         raise ConfigError(
             f"mean_k={mean_k:g} cannot be reached by {rule} here: it gives {few:.2f} to {many:.2f} experts per token "
@@ -105,9 +104,8 @@ def calibrate(
 
 def _largest_threshold(draft: DynamicK, target: Target) -> float:
     """A threshold above which even weight 1 (times scaling) is dropped in every layer."""
-    assert draft.sensitivity is not None
     largest = max(site.rule.scaling for site in target.sites)
-    return 1.01 * max(draft.sensitivity) * largest**2
+    return 1.01 * max(draft.sensitivity or (1.0,)) * largest**2
 
 
 def _measure(target: Target, contexts: list[Context], strategy: DynamicK) -> float:
@@ -145,6 +143,11 @@ def _session(target: Target, context: Context, *strategies: DynamicK) -> Session
     return Session(Plan(target, strategies, None), context.mask, context.ids[:, 0])
 
 
+def _keep_output(outputs: dict[int, Tensor], index: int, _module: Any, _inputs: Any, out: Tensor) -> Tensor:
+    outputs[index] = out if out.requires_grad else out.detach().requires_grad_(True)
+    return outputs[index]
+
+
 def layer_sensitivity(target: Target, contexts: Sequence[Context]) -> tuple[float, ...]:
     """`H_l`: mean squared gradient of the loss with respect to each MoE output, normalised to mean 1.
 
@@ -162,12 +165,7 @@ def layer_sensitivity(target: Target, contexts: Sequence[Context]) -> tuple[floa
         for site in target.sites:
             module = site.experts if site.experts is not None else site.block
 
-            def keep(_m: Any, _a: Any, out: Tensor, index: int = site.index) -> Tensor:
-                # a leaf of its own, so that the graph starts here and parameters stay out of it
-                outputs[index] = out if out.requires_grad else out.detach().requires_grad_(True)
-                return outputs[index]
-
-            handles.append(module.register_forward_hook(keep))
+            handles.append(module.register_forward_hook(partial(_keep_output, outputs, site.index)))
         try:
             with torch.enable_grad(), session.installed():
                 losses, _ = token_losses(session, context)

@@ -47,6 +47,4 @@ class Context:
 
     def head(self) -> Context:
         """All but the last token."""
-        return replace(
-            self, ids=self.ids[:, :-1], mask=self.mask[:, :-1], targets=self.targets[:, :-1]
-        )
+        return replace(self, ids=self.ids[:, :-1], mask=self.mask[:, :-1], targets=self.targets[:, :-1])

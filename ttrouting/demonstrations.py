@@ -6,19 +6,19 @@ Legend: `N` tokens, `H` hidden size, `L` layers, `E` experts, `K` per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttrouting.errors import UnsupportedModelError
 from ttrouting.plan import Plan
 from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
-from ttrouting.target import Target
 from ttrouting.taps import Call
+from ttrouting.target import Target
 from ttrouting.texts import text_contexts
 
 
@@ -42,9 +42,7 @@ def expert_scores(target: Target, tokenizer: Any, texts: Sequence[str]) -> Tenso
             return
         flat = hidden.reshape(-1, hidden.shape[-1])  # [N, H]
         outputs = [_column(site, hidden, ids, k) for k in range(ids.shape[1])]  # K x [N, H]
-        mixed = sum(
-            w[:, None].float() * o.float() for w, o in zip(weights.unbind(1), outputs, strict=True)
-        )
+        mixed = sum(w[:, None].float() * o.float() for w, o in zip(weights.unbind(1), outputs, strict=True))
         shift = 1 - F.cosine_similarity(flat.float(), flat.float() + mixed, dim=-1)  # [N]
         valid = rows.valid.flatten().to(shift.device)
         for weight, output, column in zip(weights.unbind(1), outputs, ids.unbind(1), strict=True):
@@ -62,10 +60,10 @@ def expert_scores(target: Target, tokenizer: Any, texts: Sequence[str]) -> Tenso
 
 def _column(site: Site, hidden: Tensor, ids: Tensor, column: int) -> Tensor:
     """Output of the experts in one column, as if each had weight 1: `[N, H]`."""
-    assert site.experts is not None
+    experts = cast(nn.Module, site.experts)  # `expert_scores` has refused layers without
     one = ids[:, column : column + 1]
     weight = torch.ones(one.shape, dtype=site.weight_dtype, device=one.device)
     # a second column without weight: LongCat cannot take a single one
     pair, weights = torch.cat([one, one], 1), torch.cat([weight, torch.zeros_like(weight)], 1)
     # `forward`, not the module: its hooks are the taps that are running now
-    return site.experts.forward(hidden, pair, weights).reshape(-1, hidden.shape[-1])
+    return experts.forward(hidden, pair, weights).reshape(-1, hidden.shape[-1])

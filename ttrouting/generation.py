@@ -93,11 +93,7 @@ def check_prompt(model: Any, ids: Any, mask: Tensor | None) -> Tensor:
         UnsupportedCallError: the prompt and the model are on different devices.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        found = (
-            f"a tensor of shape {tuple(ids.shape)}"
-            if isinstance(ids, Tensor)
-            else type(ids).__name__
-        )
+        found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ConfigError(f"generate needs input_ids of shape [batch, tokens], got {found}.")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(torch.bool)
     if real.shape != ids.shape:
@@ -107,17 +103,11 @@ def check_prompt(model: Any, ids: Any, mask: Tensor | None) -> Tensor:
     if ids.shape[1] == 0 or not bool(real.any(1).all()):
         raise ConfigError("A prompt is empty. Give every sequence at least one token.")
     if not bool(real[:, -1].all()):
-        raise ConfigError(
-            "The prompt is padded on the right. Pad on the left: tokenizer.padding_side = 'left'."
-        )
-    text = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+        raise ConfigError("The prompt is padded on the right. Pad on the left: tokenizer.padding_side = 'left'.")
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     longest, limit = int(real.sum(1).max()), getattr(text, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise ConfigError(
-            f"The prompt has {longest} tokens, the model's context {limit}. Shorten the prompt."
-        )
+        raise ConfigError(f"The prompt has {longest} tokens, the model's context {limit}. Shorten the prompt.")
     home = model.get_input_embeddings().weight.device
     if home.type != "meta" and not getattr(model, "hf_device_map", None) and ids.device != home:
         raise UnsupportedCallError(
@@ -140,9 +130,7 @@ def infer_mask(model: Any, arguments: dict[str, Any], ids: Tensor) -> Tensor | N
 class EveryInterval(StoppingCriteria):
     """A criterion that never stops: it calls back every `interval` generated tokens."""
 
-    def __init__(
-        self, interval: int, prompt: int, last: int | None, call: Callable[[Tensor], None]
-    ) -> None:
+    def __init__(self, interval: int, prompt: int, last: int | None, call: Callable[[Tensor], None]) -> None:
         self.interval = interval
         self.prompt = prompt
         self.last = last

@@ -16,9 +16,7 @@ class ExpertsInterface:
 
     limits: tuple[str, ...] = ()
 
-    def read_router_output(
-        self, out: Any, topk_inputs: list[Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+    def read_router_output(self, out: Any, topk_inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         """`(ids, weights)` as the router's output states them, or None where arguments carry them."""
         return None
 
@@ -32,9 +30,7 @@ class DenseInterface(ExpertsInterface):
 
     limits = ("every expert runs on every token: fewer experts per token save nothing",)
 
-    def read_router_output(
-        self, out: Any, topk_inputs: list[Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+    def read_router_output(self, out: Any, topk_inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         scores = out[0]  # [N, E]
         k = int((scores != 0).sum(-1).max())
         weights, ids = scores.topk(k, -1)
@@ -48,13 +44,9 @@ class DenseInterface(ExpertsInterface):
 class SortedInterface(ExpertsInterface):
     """JetMoe's MLP: token-expert pairs sorted by expert, `(order, token, gate, sizes, logits)`."""
 
-    limits = (
-        "the attention router of the same layer is left alone: its k is the number of query heads",
-    )
+    limits = ("the attention router of the same layer is left alone: its k is the number of query heads",)
 
-    def read_router_output(
-        self, out: Any, topk_inputs: list[Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+    def read_router_output(self, out: Any, topk_inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         order, _token, gate, sizes, logits = out
         pairs = order.shape[0]
         k = pairs // logits.shape[0]

@@ -38,9 +38,7 @@ class LayerRule:
         if isinstance(value, LayerRule):
             return value
         if not isinstance(value, str):
-            raise ConfigError(
-                f"layers must be text such as 'highest:0.5' or 'last:5', got {value!r}."
-            )
+            raise ConfigError(f"layers must be text such as 'highest:0.5' or 'last:5', got {value!r}.")
         kind, _, amount = value.partition(":")
         if kind not in KINDS:
             raise ConfigError(f"layers cannot be {value!r}.{did_you_mean(kind, KINDS)}")
@@ -51,9 +49,7 @@ class LayerRule:
         try:
             number = float(amount)
         except ValueError:
-            raise ConfigError(
-                f"layers={value!r} needs a number, for example '{kind}:{_example(kind)}'."
-            ) from None
+            raise ConfigError(f"layers={value!r} needs a number, for example '{kind}:{_example(kind)}'.") from None
         if kind == "last" and (number < 1 or number != int(number)):
             raise ConfigError(f"layers='last:N' needs a whole number of at least 1, got {value!r}.")
         if kind in SHARES and not 0 < number <= 1:
@@ -77,11 +73,7 @@ class LayerRule:
             return confidence / confidence.amax(1, keepdim=True).clamp_min(1e-12)
         if self.kind == "last":
             first = max(0, layers - int(self.amount))
-            return (
-                (torch.arange(layers, device=confidence.device) >= first)
-                .to(confidence)
-                .expand(sequences, -1)
-            )
+            return (torch.arange(layers, device=confidence.device) >= first).to(confidence).expand(sequences, -1)
         if self.kind == "random":
             number = torch.arange(layers, device=keys.device)
             score = keyed_uniform(seed, keys[:, None], number[None, :]).to(confidence.device)

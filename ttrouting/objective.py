@@ -25,13 +25,9 @@ def token_losses(session: Session, context: Context) -> tuple[Tensor, Tensor]:
     logits = session.read(context, keep).logits
     if logits.shape[1] != keep.numel():
         logits = logits[:, keep.to(logits.device)]
-    logits = (logits if logits.dtype == torch.float64 else logits.float()).to(
-        context.ids.device
-    )  # [B, P, V]
+    logits = (logits if logits.dtype == torch.float64 else logits.float()).to(context.ids.device)  # [B, P, V]
     predicted, last = logits[:, :-1], logits[:, -1]
-    loss = F.cross_entropy(
-        predicted.flatten(0, 1), context.ids[:, wanted].flatten(), reduction="none"
-    )
+    loss = F.cross_entropy(predicted.flatten(0, 1), context.ids[:, wanted].flatten(), reduction="none")
     losses = loss.new_zeros(context.ids.shape).index_copy(1, wanted, loss.view(-1, wanted.numel()))
     return losses, last.log_softmax(-1)
 

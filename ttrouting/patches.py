@@ -14,9 +14,7 @@ class Patches:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def forward(
-        self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-    ) -> None:
+    def forward(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace `module.forward` on the instance by `make(current forward)`.
 
         Outermost on purpose: accelerate patches the same attribute, and its version is kept inside.
@@ -45,7 +43,7 @@ class Patches:
             step = self._undo.pop()
             try:
                 step()
-            except BaseException as error:  # the remaining steps must still run
+            except BaseException as error:  # noqa: BLE001 - the remaining steps must still run
                 failure = failure or error
         if failure is not None:
             raise failure

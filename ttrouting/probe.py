@@ -116,9 +116,7 @@ def _watch_block(candidate: Candidate, seen: _Sighting, patches: Patches) -> Non
             seen.phase = "outside"
             if seen.linears and seen.linears[-1].dtype in (torch.bfloat16, torch.float16):
                 last = len(seen.linears) - 1
-                seen.upcast_keeps_bits = _same_after_upcast(
-                    lambda: original(*args, **kwargs), out, last
-                )
+                seen.upcast_keeps_bits = _same_after_upcast(lambda: original(*args, **kwargs), out, last)
             found = interface.read_router_output(out, seen.router_topks)
             if found is not None:
                 seen.ids, seen.weights = found
@@ -216,13 +214,9 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
     rule = infer_weight_rule(
         exact, choice.double() if topk_in != "logits" else None, ids, plain, 0.05 if half else 1e-3
     )
-    block_native = (
-        topk_in == "block" and native != torch.float32 and _block_scores_natively(seen, native)
-    )
+    block_native = topk_in == "block" and native != torch.float32 and _block_scores_natively(seen, native)
     edit_dtype = torch.float32
-    if native == torch.float64:
-        edit_dtype = native
-    elif native != torch.float32 and (not seen.upcast_keeps_bits or block_native):
+    if native == torch.float64 or (native != torch.float32 and (not seen.upcast_keeps_bits or block_native)):
         edit_dtype = native
     return Site(
         name=name,

@@ -30,9 +30,7 @@ class StrategyInfo:
 
 
 def _info(cls: type[Strategy], source: str) -> StrategyInfo:
-    if not (
-        isinstance(cls, type) and issubclass(cls, (RoutingStrategy, DecodingStrategy)) and cls.name
-    ):
+    if not (isinstance(cls, type) and issubclass(cls, (RoutingStrategy, DecodingStrategy)) and cls.name):
         raise ConfigError(
             f"{source} registers {cls!r} as a strategy, which is not a named subclass of RoutingStrategy or "
             "DecodingStrategy. Fix or uninstall that plugin."
@@ -47,13 +45,11 @@ def _built_in() -> list[StrategyInfo]:
     found = []
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
-        for value in vars(module).values():
-            if (
-                isinstance(value, type)
-                and issubclass(value, Strategy)
-                and value.__module__ == module.__name__
-            ):
-                found.append(_info(value, "ttrouting"))
+        found += [
+            _info(value, "ttrouting")
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module.__name__
+        ]
     return found
 
 

@@ -57,9 +57,7 @@ class Report:
             return Text("No adapted call yet.")
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("sequence", "strategy", "outcome", "loss", "layers", "experts/token"):
-            table.add_column(
-                name, justify="right" if name in ("loss", "layers", "experts/token") else "left"
-            )
+            table.add_column(name, justify="right" if name in ("loss", "layers", "experts/token") else "left")
         for number, sequence in enumerate(self.sequences):
             experts = f"{sequence.experts_per_token:.2f} of {_mean(self.top_k):.2f}"
             rows = list(sequence.strategies.items()) or [("none", {})]

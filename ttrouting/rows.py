@@ -57,9 +57,7 @@ class Rows:
         return chosen.repeat_interleave(self.length, dim=0, output_size=self.tokens)
 
 
-def make_rows(
-    batch: int, length: int, sequences: int, valid: Tensor, start: Tensor | int, streams: int = 1
-) -> Rows:
+def make_rows(batch: int, length: int, sequences: int, valid: Tensor, start: Tensor | int, streams: int = 1) -> Rows:
     """Lay out a forward of `batch` rows, the streams one after the other.
 
     Args:
@@ -70,9 +68,7 @@ def make_rows(
     one = batch // streams
     sequence = torch.arange(one, device=device) // max(1, one // sequences)
     before = valid.long().cumsum(1) - 1
-    position = (
-        before.clamp_min(0) + (start[:, None] if isinstance(start, Tensor) else start)
-    ).long()
+    position = (before.clamp_min(0) + (start[:, None] if isinstance(start, Tensor) else start)).long()
     return Rows(
         sequence=sequence.repeat(streams),
         valid=valid.repeat(streams, 1),

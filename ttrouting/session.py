@@ -37,9 +37,7 @@ class Session:
         observers: called after each selection; they look and do not touch.
     """
 
-    def __init__(
-        self, plan: Plan, mask: Tensor, keys: Tensor, stop_ids: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, plan: Plan, mask: Tensor, keys: Tensor, stop_ids: tuple[int, ...] = ()) -> None:
         self.plan = plan
         self.model = plan.target.model
         self.sites = plan.target.sites
@@ -170,16 +168,12 @@ class Session:
         kwargs = self.context_inputs(context)
         if keep is not None and "logits_to_keep" in inspect.signature(self._forward).parameters:
             kwargs["logits_to_keep"] = keep
-        rows = make_rows(
-            context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0
-        )
+        rows = make_rows(context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0)
         return self._run(self._forward, rows, {"use_cache": False, **kwargs, **extra})
 
     def context_inputs(self, context: Context) -> dict[str, Any]:
         """The model inputs for a context as `generate` would prepare them."""
-        kwargs: dict[str, Any] = dict(
-            context.inputs, input_ids=context.ids, attention_mask=context.mask.long()
-        )
+        kwargs: dict[str, Any] = dict(context.inputs, input_ids=context.ids, attention_mask=context.mask.long())
         prepare = type(self.model).__dict__.get("_prepare_position_ids_for_generation")
         if prepare is None and "position_ids" in inspect.signature(self._forward).parameters:
             kwargs["position_ids"] = (context.mask.long().cumsum(-1) - 1).clamp_min(0)

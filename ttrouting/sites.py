@@ -22,8 +22,7 @@ REFUSED_MODELS = {
         "depend on its neighbours"
     ),
     "nllb-moe": (
-        "it is an encoder-decoder whose experts upstream run only numbers 0 and 1, whatever the "
-        "router chooses"
+        "it is an encoder-decoder whose experts upstream run only numbers 0 and 1, whatever the router chooses"
     ),
 }
 
@@ -109,11 +108,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
             continue
         if "experts" in children:
             dense = type(router).__name__ == "Llama4Router"
-            found.append(
-                Candidate(
-                    name, module, router, children["experts"], "dense" if dense else "experts"
-                )
-            )
+            found.append(Candidate(name, module, router, children["experts"], "dense" if dense else "experts"))
         elif {"input_linear", "output_linear"} <= set(children) and not hasattr(module, "map"):
             # `map` marks JetMoe's attention router, whose k is tied to the number of query heads
             found.append(Candidate(name, module, router, None, "sorted"))

@@ -22,9 +22,7 @@ def check_loss_on(loss_on: str, tokenizer: Any = ...) -> None:
         tokenizer: leave out to check the text alone.
     """
     if not isinstance(loss_on, str) or not loss_on:
-        raise ConfigError(
-            f"loss_on must be 'all', 'assistant' or a regular expression, got {loss_on!r}."
-        )
+        raise ConfigError(f"loss_on must be 'all', 'assistant' or a regular expression, got {loss_on!r}.")
     if loss_on not in ("all", "assistant"):
         try:
             re.compile(loss_on)
@@ -64,9 +62,7 @@ def token_starts(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
             return text, [begin for begin, _ in again["offset_mapping"]]
     # the same text may have been split differently: decode prefixes instead
     starts = [
-        len(
-            tokenizer.decode(ids[:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        len(tokenizer.decode(ids[:i], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for i in range(len(ids))
     ]
     return text, starts

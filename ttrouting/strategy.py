@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ttrouting.rows import Rows
     from ttrouting.session import Session
     from ttrouting.sites import Site
-    from ttrouting.target import Target
     from ttrouting.taps import Call
+    from ttrouting.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,7 @@ class Strategy:
         return {"strategy": self.name, **options}
 
     @classmethod
-    def from_dict(
-        cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
-    ) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Self:
         """The inverse of `to_dict` and `tensors`.
 
         Raises:
@@ -176,9 +174,7 @@ class DecodingRun:
         self.strategy = strategy
         self.session = session
 
-    def route(
-        self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Selection `[N, K']` in which the rows of streams 1.. have their own experts."""
         raise NotImplementedError
 
@@ -210,17 +206,13 @@ def in_range(
     if not (low < value if open_low else low <= value) or not value <= high:
         left = "(" if open_low or low == -float("inf") else "["
         right = ")" if high == float("inf") else "]"
-        raise ConfigError(
-            f"{strategy}.{option} must be in {left}{low:g}, {high:g}{right}, got {value!r}."
-        )
+        raise ConfigError(f"{strategy}.{option} must be in {left}{low:g}, {high:g}{right}, got {value!r}.")
 
 
 def one_of(strategy: str, option: str, value: object, known: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of the known names."""
     if value not in known:
-        raise ConfigError(
-            f"{strategy}.{option} cannot be {value!r}.{did_you_mean(str(value), known)}"
-        )
+        raise ConfigError(f"{strategy}.{option} cannot be {value!r}.{did_you_mean(str(value), known)}")
 
 
 def finite(strategy: str, option: str, tensor: Tensor) -> None:

@@ -28,10 +28,7 @@ def repeat_inputs(kwargs: dict[str, Any], batch: int, streams: int) -> dict[str,
             else:
                 repeated[name] = _repeat(value, batch, streams)
         elif isinstance(value, dict):
-            repeated[name] = {
-                k: _repeat(v, batch, streams) if isinstance(v, Tensor) else v
-                for k, v in value.items()
-            }
+            repeated[name] = {k: _repeat(v, batch, streams) if isinstance(v, Tensor) else v for k, v in value.items()}
         else:
             repeated[name] = value
     return repeated

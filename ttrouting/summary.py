@@ -54,9 +54,7 @@ class RoutingSummary:
             shape = (rows.batch, rows.length)
             self.confidence[site.index] = (confidence.view(shape) * valid).sum(1) / count
             self.entropy[site.index] = (entropy.view(shape) * valid).sum(1) / count
-            hits = torch.zeros_like(pi).scatter_add(
-                1, ids.clamp_max(site.num_experts - 1), used.to(pi.dtype)
-            )
+            hits = torch.zeros_like(pi).scatter_add(1, ids.clamp_max(site.num_experts - 1), used.to(pi.dtype))
             per_row = (hits * valid.flatten()[:, None]).view(*shape, -1).sum(1)
             self.usage[site.index] = per_row / count[:, None]
 
@@ -78,9 +76,7 @@ def changes(
     """Experts gained and lost by a sequence in each layer, as shares of its tokens, largest first."""
     found = []
     for layer in sorted(after.usage):
-        shift = (
-            after.usage[layer][sequence] - before.usage[layer][sequence].to(after.usage[layer])
-        ).cpu()
+        shift = (after.usage[layer][sequence] - before.usage[layer][sequence].to(after.usage[layer])).cpu()
         order = shift.argsort(descending=True).tolist()
         gained = [(e, round(float(shift[e]), 4)) for e in order[:most] if shift[e] > 0]
         lost = [(e, round(float(shift[e]), 4)) for e in reversed(order[-most:]) if shift[e] < 0]

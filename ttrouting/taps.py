@@ -54,6 +54,12 @@ class Call:
             )
         return self.logits
 
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """`(ids, weights)`, `[N, K]` each, as the family chose."""
+        if self.ids is None or self.weights is None:
+            raise CoverageError(f"The selection of {self.site.name} was asked for before the router had made it.")
+        return self.ids, self.weights
+
     def probabilities(self) -> Tensor:
         """`pi [N, E]` fp32, the family's scores before bias, normalised to sum 1."""
         return probabilities(self.site.scoring, self._float(), self.choice)
@@ -218,9 +224,7 @@ class SiteTap:
         self.native, self.edited = out, logits.view(out.shape)
         return self.edited
 
-    def on_topk(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def on_topk(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Score tap: the arguments of the top-k that chooses the experts."""
         scores = args[0] if args else kwargs["input"]
         flat = scores.flatten(0, -2)  # [N, E]

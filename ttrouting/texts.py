@@ -17,19 +17,13 @@ def text_contexts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[
     Raises:
         ConfigError: a text has fewer than two tokens.
     """
-    text = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limit = getattr(text, "max_position_embeddings", None)
     for number, words in enumerate(texts):
         ids = tokenizer(words, return_tensors="pt")["input_ids"][:, :limit]
         if ids.shape[1] < 2:
-            raise ConfigError(
-                f"Text {number} has {ids.shape[1]} tokens; at least 2 are needed: {words!r}."
-            )
-        ids = ids.to(
-            model.get_input_embeddings().weight.device if model.device.type != "meta" else "cpu"
-        )
+            raise ConfigError(f"Text {number} has {ids.shape[1]} tokens; at least 2 are needed: {words!r}.")
+        ids = ids.to(model.get_input_embeddings().weight.device if model.device.type != "meta" else "cpu")
         mask = torch.ones_like(ids, dtype=torch.bool)
         targets = mask.clone()
         targets[:, 0] = False

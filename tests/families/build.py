@@ -41,16 +41,12 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     return cls(**kwargs)
 
 
-def build(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
-) -> PreTrainedModel:
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A tiny model in eval mode with random weights and random correction biases."""
     entry = FAMILIES[family]
     config = tiny_config(family, **changes)
     if "backbone" in entry:
-        module = import_module(
-            f"transformers.models.{entry['package']}.modeling_{entry['package']}"
-        )
+        module = import_module(f"transformers.models.{entry['package']}.modeling_{entry['package']}")
         cls = getattr(module, entry["backbone"])
     else:
         cls = getattr(transformers, entry["model_class"])
@@ -60,12 +56,8 @@ def build(
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if any(s in name for s in ("gate", "router")) and not tensor.any():
-                tensor.copy_(
-                    0.3 * torch.randn(tensor.shape, generator=generator)
-                )  # zero-initialised routers
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))  # zero-initialised routers
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "bias" in name and any(
-                s in name for s in ("correction", "expert_bias", "balancing")
-            ):
+            if "bias" in name and any(s in name for s in ("correction", "expert_bias", "balancing")):
                 tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     return model.to(dtype)

@@ -8,9 +8,7 @@ from ttrouting.pocket.measure import Score
 from ttrouting.pocket.skills import DIALECTS, SKILLS
 
 
-def model_card(
-    scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor, facts: Mapping[str, object]
-) -> str:
+def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor, facts: Mapping[str, object]) -> str:
     """The model card, in Markdown.
 
     Args:
@@ -28,9 +26,7 @@ def model_card(
     )
 
 
-def _accuracy_table(
-    scores: Mapping[tuple[str, str, int], Score], shots: int, *, trained: bool
-) -> str:
+def _accuracy_table(scores: Mapping[tuple[str, str, int], Score], shots: int, *, trained: bool) -> str:
     lines = [
         f"| skill | dialect | what is asked | 0-shot | {shots}-shot |",
         "|---|---|---|---|---|",

@@ -37,9 +37,7 @@ class Score:
 
 
 @torch.inference_mode()
-def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
-) -> list[str]:
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Greedy completions of `prompts`, run as one left-padded batch, without the prompts."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     out = model.generate(**batch, do_sample=False, max_new_tokens=LONGEST_ANSWER)
@@ -65,10 +63,7 @@ def exact_match(
     """
     questions = sample(skill, dialect, split, n, seed)
     solved = sample(skill, dialect, "dev", n * shots, seed) if shots else []
-    prompts = [
-        few_shot_prompt(solved[i * shots : (i + 1) * shots], question)
-        for i, question in enumerate(questions)
-    ]
+    prompts = [few_shot_prompt(solved[i * shots : (i + 1) * shots], question) for i, question in enumerate(questions)]
     correct = 0
     for start in range(0, n, batch_size):
         completions = complete(model, tokenizer, prompts[start : start + batch_size])
@@ -78,9 +73,7 @@ def exact_match(
 
 
 @torch.inference_mode()
-def expert_load(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> torch.Tensor:
+def expert_load(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """Share of the chosen expert slots that each expert got on `texts`: `[L, E]`, rows sum to 1.
 
     Padding is left out. An expert with share 0 is dead on these texts.

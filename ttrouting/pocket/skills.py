@@ -261,10 +261,7 @@ def sample(skill: str, dialect: str, split: str, n: int, seed: int = 0) -> list[
         example = draw(skill, dialect, split, rng)
         found.setdefault(example.canonical, example)
     if len(found) < n:
-        raise ValueError(
-            f"asked for {n} different {split} questions of {skill!r}, found {len(found)}; "
-            "ask for fewer"
-        )
+        raise ValueError(f"asked for {n} different {split} questions of {skill!r}, found {len(found)}; ask for fewer")
     return list(found.values())
 
 
