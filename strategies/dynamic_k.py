@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -102,12 +102,18 @@ class DynamicK(RoutingStrategy):
         one_of(self.name, "renormalize", self.renormalize, ("family", "always", "never"))
         if self.gate is not None:
             in_range(self.name, "gate", self.gate, 0, 1)
-        if isinstance(self.sensitivity, list):
-            object.__setattr__(self, "sensitivity", tuple(self.sensitivity))
         for value in self.sensitivity or ():
             in_range(self.name, "sensitivity", value, 0, open_low=True)
-        if isinstance(self.calibration, Mapping):
-            object.__setattr__(self, "calibration", Calibration(**self.calibration))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Self:
+        """As in `Strategy`, with the calibration and the sensitivities as JSON has them."""
+        options = dict(data)
+        if options.get("sensitivity") is not None:
+            options["sensitivity"] = tuple(options["sensitivity"])
+        if options.get("calibration") is not None:
+            options["calibration"] = Calibration(**options["calibration"])
+        return super().from_dict(options, tensors)
 
     @property
     def share(self) -> float:

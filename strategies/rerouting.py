@@ -6,7 +6,7 @@ Legend: `B` sequences, `T` tokens, `L` MoE layers, `E` experts, `N` tokens of a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ttrouting.context import Context
 from ttrouting.errors import UnsupportedModelError
+from ttrouting.gradients import check_gradients
 from ttrouting.layers import LayerRule
 from ttrouting.objective import divergence, mean_loss, split_targets, token_losses
 from ttrouting.rows import Rows
@@ -55,7 +56,7 @@ class Rerouting(RoutingStrategy):
 
     steps: int = 5
     lr: float = 0.05
-    interval: int | None = 128  # type: ignore[assignment]
+    interval: int | None = 128
     optimizer: str = "adam"
     layers: str = "highest:0.5"
     refresh_kv: bool = True
@@ -78,11 +79,6 @@ class Rerouting(RoutingStrategy):
         """No step, no change."""
         return self.steps == 0 or self.lr == 0
 
-    @property
-    def needs_gradient(self) -> bool:
-        """It differentiates the loss with respect to delta."""
-        return True
-
     def check(self, target: Target) -> None:
         """The model must give logits and gradients; a pattern needs a tokenizer."""
         if not getattr(target.model, "can_generate", lambda: False)():
@@ -91,6 +87,8 @@ class Rerouting(RoutingStrategy):
                 "head. Load the ...ForCausalLM class."
             )
         check_loss_on(self.loss_on, target.tokenizer)
+        if not self.identity:
+            check_gradients(self.name, target)
 
     def start(self, session: Session) -> RoutingRun:
         """Deltas of zero for each sequence."""
@@ -156,7 +154,7 @@ class ReroutingRun(RoutingRun):
         options, session = self.strategy, self.session
         no_harm = session.plan.target.no_harm
         targets = narrow_targets(context, options.loss_on, session.plan.target.tokenizer)
-        context = Context(context.ids, context.mask, targets, context.explicit, context.inputs)
+        context = replace(context, targets=targets)
         fit, judge = split_targets(targets, no_harm)
         enough = targets.sum(1) >= (MIN_LOSS_TOKENS if no_harm else 1)  # [B]
         wanted = active & enough
@@ -203,7 +201,7 @@ class ReroutingRun(RoutingRun):
                 with torch.enable_grad():
                     losses, _ = token_losses(self.session, context)
                     per_sequence = mean_loss(losses, fit)  # [B]
-                    gradient = _gradient(per_sequence.sum(), self.delta, self.session)
+                    gradient = torch.autograd.grad(per_sequence.sum(), self.delta)[0]
                 curve.append(per_sequence.detach())
                 if self.strategy.optimizer == "adam":
                     mean = 0.9 * mean + 0.1 * gradient
@@ -241,14 +239,3 @@ class ReroutingRun(RoutingRun):
         if not after < before:
             return f"rolled back: held-back loss {before:.3f} -> {after:.3f}"
         return f"rolled back: next-token KL {phase['kl']:.2f} over {self.strategy.kl_limit:g}"
-
-
-def _gradient(loss: Tensor, delta: Tensor, session: Session) -> Tensor:
-    try:
-        return torch.autograd.grad(loss, delta)[0]
-    except (RuntimeError, NotImplementedError) as error:
-        model = type(session.model).__name__
-        raise UnsupportedModelError(
-            f"rerouting cannot differentiate {model}: {error}. A quantised or fused kernel without a backward pass "
-            "is in the way; use the other strategies, or load the model unquantised."
-        ) from error

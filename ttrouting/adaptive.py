@@ -18,6 +18,7 @@ from ttrouting.errors import ConfigError, ModelBusy, UnsupportedCallError
 from ttrouting.generation import (
     EveryInterval,
     check_generate_call,
+    check_ids,
     check_model_call,
     check_prompt,
     infer_mask,
@@ -124,7 +125,7 @@ class AdaptiveModel:
                 return model.generate(**arguments)
             check_model_call(model)
             check_generate_call(self._plan, arguments)
-            ids = arguments.get("input_ids")
+            ids = check_ids(arguments.get("input_ids"))
             given = arguments.get("attention_mask")
             mask = check_prompt(model, ids, infer_mask(model, arguments, ids) if given is None else given)
             arguments["attention_mask"] = mask.long() if given is None else given
@@ -209,9 +210,7 @@ class AdaptiveModel:
                     "A forward with past_key_values cannot be adapted: the cache was computed under another "
                     "routing. Pass the whole text, or use generate."
                 )
-            ids = arguments.get("input_ids")
-            if not isinstance(ids, Tensor):
-                raise ConfigError("An adapted forward needs input_ids of shape [batch, tokens].")
+            ids = check_ids(arguments.get("input_ids"))
             given = arguments.get("attention_mask")
             mask = torch.ones_like(ids) if given is None or given.dim() != 2 else given
             mask = mask.to(torch.bool)

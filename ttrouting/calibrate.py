@@ -70,7 +70,8 @@ def calibrate(
     draft = DynamicK(rule=rule, **options)  # checks rule and options
 
     def with_value(value: float) -> DynamicK:
-        return dataclasses.replace(draft, **{knob: value})
+        change: dict[str, Any] = {knob: value}
+        return dataclasses.replace(draft, **change)
 
     low, high = 1e-6, 1.0
     if rule == "sensitivity":

@@ -31,9 +31,13 @@ class Context:
         """Each sequence `times` times, copies side by side."""
         if times == 1:
             return self
-        parts = [t.repeat_interleave(times, 0) for t in (self.ids, self.mask, self.targets)]
-        inputs = {k: v.repeat_interleave(times, 0) for k, v in self.inputs.items()}
-        return Context(*parts, self.explicit, inputs)
+        return replace(
+            self,
+            ids=self.ids.repeat_interleave(times, 0),
+            mask=self.mask.repeat_interleave(times, 0),
+            targets=self.targets.repeat_interleave(times, 0),
+            inputs={k: v.repeat_interleave(times, 0) for k, v in self.inputs.items()},
+        )
 
     def continued(self, ids: Tensor) -> Context:
         """The same prompts with generated tokens after them, `ids [B, T']`; new tokens are targets."""

@@ -85,16 +85,21 @@ def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
         )
 
 
-def check_prompt(model: Any, ids: Any, mask: Tensor | None) -> Tensor:
+def check_ids(ids: Any) -> Tensor:
+    """Token ids `[B, T]`, or a `ConfigError`."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ConfigError(f"An adapted call needs input_ids of shape [batch, tokens], got {found}.")
+    return ids
+
+
+def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     """The prompt's mask of real tokens, `[B, T]` bool.
 
     Raises:
-        ConfigError: no token ids, an empty prompt, right padding, or a prompt longer than the context.
+        ConfigError: an empty prompt, right padding, or a prompt longer than the context.
         UnsupportedCallError: the prompt and the model are on different devices.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        found = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ConfigError(f"generate needs input_ids of shape [batch, tokens], got {found}.")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(torch.bool)
     if real.shape != ids.shape:
         raise ConfigError(
@@ -122,7 +127,7 @@ def infer_mask(model: Any, arguments: dict[str, Any], ids: Tensor) -> Tensor | N
     pad = option(model, arguments, "pad_token_id")
     eos = option(model, arguments, "eos_token_id")
     ends = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    if pad is None or pad in ends or not isinstance(ids, Tensor) or ids.dim() != 2:
+    if pad is None or pad in ends:
         return None
     return ids != pad
 
@@ -136,7 +141,7 @@ class EveryInterval(StoppingCriteria):
         self.last = last
         self.call = call
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         new = input_ids.shape[1] - self.prompt
         if new and new % self.interval == 0 and (self.last is None or new < self.last):
             self.call(input_ids)

@@ -16,8 +16,11 @@ class ExpertsInterface:
 
     limits: tuple[str, ...] = ()
 
-    def read_router_output(self, out: Any, topk_inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """`(ids, weights)` as the router's output states them, or None where arguments carry them."""
+    def read_router_output(self, out: Any, top_k: int | None) -> tuple[Tensor, Tensor] | None:
+        """`(ids, weights)`, both `[N, K]`, as the router's output states them; None where arguments carry them.
+
+        `top_k` is `K` where it is known already: finding it out costs a device sync.
+        """
         return None
 
     def write_router_output(self, out: Any, ids: Tensor, weights: Tensor) -> Any:
@@ -30,10 +33,11 @@ class DenseInterface(ExpertsInterface):
 
     limits = ("every expert runs on every token: fewer experts per token save nothing",)
 
-    def read_router_output(self, out: Any, topk_inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    def read_router_output(self, out: Any, top_k: int | None) -> tuple[Tensor, Tensor] | None:
         scores = out[0]  # [N, E]
-        k = int((scores != 0).sum(-1).max())
-        weights, ids = scores.topk(k, -1)
+        if top_k is None:
+            top_k = int((scores != 0).sum(-1).max())
+        weights, ids = scores.topk(top_k, -1)
         return ids, weights
 
     def write_router_output(self, out: Any, ids: Tensor, weights: Tensor) -> Any:
@@ -46,7 +50,7 @@ class SortedInterface(ExpertsInterface):
 
     limits = ("the attention router of the same layer is left alone: its k is the number of query heads",)
 
-    def read_router_output(self, out: Any, topk_inputs: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    def read_router_output(self, out: Any, top_k: int | None) -> tuple[Tensor, Tensor] | None:
         order, _token, gate, sizes, logits = out
         pairs = order.shape[0]
         k = pairs // logits.shape[0]
@@ -60,7 +64,7 @@ class SortedInterface(ExpertsInterface):
 
     def write_router_output(self, out: Any, ids: Tensor, weights: Tensor) -> Any:
         k = ids.shape[1]
-        _, order = ids.flatten().sort(0, stable=True)  # [N * K]
+        _, order = ids.flatten().sort(dim=0, stable=True)  # [N * K]
         sizes = torch.bincount(ids.flatten(), minlength=len(out[3])).tolist()
         gate = weights.flatten()[order].to(out[2].dtype)
         return (order, order // k, gate, sizes, *out[4:])

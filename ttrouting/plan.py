@@ -53,10 +53,10 @@ def make_plan(target: Target, strategies: Strategy | str | Sequence[Strategy | s
             f"{names} are both decoding strategies, and each wants to combine the logits. Keep one of them."
         )
     routing = [s for s in given if isinstance(s, RoutingStrategy)]
-    for strategy in routing:
-        if strategy.unique and sum(s.name == strategy.name for s in routing) > 1:
+    for one in routing:
+        if one.unique and sum(s.name == one.name for s in routing) > 1:
             raise CompositionError(
-                f"{strategy.name} is given more than once; its copies would undo each other. Keep one of them."
+                f"{one.name} is given more than once; its copies would undo each other. Keep one of them."
             )
     for strategy in given:
         strategy.check(target)

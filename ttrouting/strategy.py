@@ -100,11 +100,6 @@ class RoutingStrategy(Strategy):
         """Generated tokens between two adaptations, or None for once, at the prompt."""
         return None
 
-    @property
-    def needs_gradient(self) -> bool:
-        """True if the run differentiates through the model."""
-        return False
-
 
 class RoutingRun:
     """One routing strategy during one call. Override the taps you need; the others cost nothing.

@@ -159,7 +159,7 @@ class SiteTap:
             self.native = self.edited = None
             with _RouterMode(self):
                 out = original(*args, **kwargs)
-            if not in_arguments and (read := interface.read_router_output(out, [])) is not None:
+            if not in_arguments and (read := interface.read_router_output(out, self.site.top_k)) is not None:
                 new = self.on_selection(*read)
                 if new is not None:
                     out = interface.write_router_output(out, *new)

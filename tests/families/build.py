@@ -41,6 +41,11 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     return cls(**kwargs)
 
 
+def _experts(config: PreTrainedConfig) -> int:
+    names = ("n_routed_experts", "num_local_experts", "num_experts")
+    return next(int(getattr(config, name)) for name in names if hasattr(config, name))
+
+
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A tiny model in eval mode with random weights and random correction biases."""
     entry = FAMILIES[family]
@@ -60,4 +65,9 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "bias" in name and any(s in name for s in ("correction", "expert_bias", "balancing")):
                 tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+            elif name.endswith(("per_expert_scale", "gate.global_scale")):  # ones, which would hide them
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            elif name.endswith("tid2eid"):  # zeros, where a checkpoint has distinct experts for each token id
+                experts = torch.rand(len(tensor), _experts(config), generator=generator).argsort(-1)
+                tensor.copy_(experts[:, : tensor.shape[1]])
     return model.to(dtype)
