@@ -17,11 +17,14 @@ REFUSED_ARGUMENTS = {
     "assistant_model": "the draft model's tokens would be checked under a changing routing",
     "prompt_lookup_num_tokens": "assisted decoding re-uses cache entries across routings",
     "assistant_early_exit": "assisted decoding re-uses cache entries across routings",
+    "use_mtp": "assisted decoding re-uses cache entries across routings",
     "custom_generate": "it replaces the decoding loop that adaptation hooks into",
     "encoder_outputs": "encoder-decoder models are not supported",
     "inputs_embeds": "adaptation reads token ids; pass input_ids",
+    "guidance_scale": "classifier-free guidance keeps a second cache that adaptation cannot reach",
     "negative_prompt_ids": "classifier-free guidance keeps a second cache that adaptation cannot reach",
 }
+NEUTRAL = {"guidance_scale": 1, "use_mtp": False}  # values that switch nothing on
 
 
 def option(model: Any, arguments: dict[str, Any], name: str, default: Any = None) -> Any:
@@ -67,8 +70,16 @@ def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
             "call the adapted model for a plain forward."
         )
     for name, reason in REFUSED_ARGUMENTS.items():
-        if arguments.get(name) is not None:
-            raise UnsupportedCallError(f"generate({name}=...) cannot be adapted: {reason}.")
+        value = option(model, arguments, name)  # also where a generation config asks for it
+        if value is not None and not (name in NEUTRAL and value == NEUTRAL[name]):
+            raise UnsupportedCallError(
+                f"generate({name}=...) cannot be adapted: {reason}. Leave it out, or call the model itself."
+            )
+    if plan.decoding is not None and _early_cache(model, arguments):
+        raise UnsupportedCallError(
+            f"{plan.decoding.name} does not work with prefill_chunk_size beside a static cache, which is laid out "
+            "before its second rows exist. Leave one of the two out."
+        )
     beams = option(model, arguments, "num_beams", 1)
     if beams == 1:
         return
@@ -83,6 +94,11 @@ def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
             f"Adaptation every {plan.interval} tokens does not work with num_beams={beams}: beams share one "
             "adaptation. Use interval=None to adapt on the prompt only, or num_beams=1."
         )
+
+
+def _early_cache(model: Any, arguments: dict[str, Any]) -> bool:
+    kind = option(model, arguments, "cache_implementation", "")
+    return "static" in str(kind) and option(model, arguments, "prefill_chunk_size") is not None
 
 
 def check_ids(ids: Any) -> Tensor:

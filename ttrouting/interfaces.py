@@ -41,7 +41,8 @@ class DenseInterface(ExpertsInterface):
         return ids, weights
 
     def write_router_output(self, out: Any, ids: Tensor, weights: Tensor) -> Any:
-        scores = torch.zeros_like(out[0]).scatter_add(1, ids, weights.to(out[0].dtype))
+        # in the dtype of the weights: fp32 edits leave fp32 scores, which a bf16 model's experts do not take
+        scores = torch.zeros_like(out[0], dtype=weights.dtype).scatter_add(1, ids, weights)
         return (scores, *out[1:])
 
 

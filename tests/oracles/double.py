@@ -1,0 +1,23 @@
+"""Run a model in true double precision: families cast to fp32 inside (norms, rotary, softmax)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class InDouble(TorchFunctionMode):
+    """Turns fp32 casts of fp64 tensors into no-ops, so that finite differences and 1e-9 comparisons mean something."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+            if func in (Tensor.to, Tensor.type):
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        out = func(*args, **kwargs)
+        return out.double() if func is torch.Tensor.cos or func is torch.Tensor.sin else out
