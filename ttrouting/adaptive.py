@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from ttrouting.sites import Site, find_sites
 from ttrouting.state import AdaptationState
 from ttrouting.strategy import Strategy
 from ttrouting.target import Target
-from ttrouting.usage import UsageMeter
+from ttrouting.usage import UsageMeter, returned_rows
 
 # which models are adapted now; weak, so that a forgotten adapter or model frees its place
 _adapters: weakref.WeakKeyDictionary[Any, weakref.ref[AdaptiveModel]] = weakref.WeakKeyDictionary()
@@ -72,6 +72,8 @@ def adapt(
             raise ModelBusy(
                 f"{type(model).__name__} is adapted already by {holder!r}. Call .close() on that adapter first."
             )
+        if holder is not None and holder.running:
+            raise ModelBusy(f"{holder!r} is closed, but a call of it is still running. Wait for that call to end.")
         target = Target(model, find_sites(model), tokenizer, no_harm)
         adapted = AdaptiveModel(make_plan(target, strategies))
         _adapters[model] = weakref.ref(adapted)
@@ -98,6 +100,7 @@ class AdaptiveModel:
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: Any = None,
         *,
         state: AdaptationState | None = None,
         loss_mask: Tensor | None = None,
@@ -107,6 +110,7 @@ class AdaptiveModel:
 
         Args:
             inputs: `[B, T]` token ids, padded on the left (or `input_ids=`).
+            generation_config: as in `model.generate`.
             state: what an earlier call learned (`adapted.state`), to go on from.
             loss_mask: `[B, T]`, tokens that adaptations learn to predict; overrides `loss_on`.
             arguments: everything that `model.generate` takes, except what cannot be adapted
@@ -118,7 +122,11 @@ class AdaptiveModel:
         """
         model = self._model
         if inputs is not None:
+            if arguments.get("input_ids") is not None:
+                raise ConfigError("generate got both inputs and input_ids. Pass one of them.")
             arguments["input_ids"] = inputs
+        if generation_config is not None:
+            arguments["generation_config"] = generation_config
         with self._exclusive():
             if self._paused or not self._plan.active:
                 self._report, self._state = Report(), AdaptationState()
@@ -153,21 +161,29 @@ class AdaptiveModel:
                 clock["adapt"] = perf_counter() - started
                 session.expand(repeats)
                 meter.start()
-                self._add_interval(session, context, arguments, clock)
+                self._add_interval(session, meter, context, arguments, clock)
             begun = perf_counter()
             output = model.generate(**arguments)
             clock["generate"] = perf_counter() - begun - clock.get("readapt", 0.0)
         session.check_coverage()
         clock["total"] = perf_counter() - started
-        self._state = AdaptationState(
-            {r.strategy.name: t for r in session.runs if (t := r.state())}, plan.target.fingerprint
-        )
         sequences = output if isinstance(output, Tensor) else output.sequences
-        self._report = meter.report(context, sequences, clock)
+        rows = returned_rows(context.ids.shape[0], repeats, sequences.shape[0])
+        learned = {run.strategy.name: run.state() for run in session.runs}
+        self._state = AdaptationState(
+            {name: {k: v[rows] for k, v in group.items()} for name, group in learned.items() if group},
+            plan.target.fingerprint,
+        )
+        self._report = meter.report(context, sequences, rows, clock)
         return output
 
     def _add_interval(
-        self, session: Session, prompt: Context, arguments: dict[str, Any], clock: dict[str, float]
+        self,
+        session: Session,
+        meter: UsageMeter,
+        prompt: Context,
+        arguments: dict[str, Any],
+        clock: dict[str, float],
     ) -> None:
         """Let `generate` call back every `interval` tokens, through a criterion that never stops."""
         interval = self._plan.interval
@@ -180,7 +196,7 @@ class AdaptiveModel:
             begun = perf_counter()
             active = ~session.ended(ids)
             if bool(active.any()):
-                with torch.no_grad():
+                with torch.no_grad(), meter.paused():
                     text = prompt.continued(ids)
                     changed = [run.adapt(text, active) for run in session.runs]
                     if any(changed) and session.cache is not None:
@@ -224,6 +240,21 @@ class AdaptiveModel:
             session.check_coverage()
             return output
 
+    forward = __call__  # the model's own would go past the strategies
+
+    def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
+        """Continuous batching mixes requests in one row, whose sequences taps cannot tell apart.
+
+        Raises:
+            UnsupportedCallError: always.
+        """
+        raise UnsupportedCallError(
+            "Continuous batching cannot be adapted: requests share rows and pages. Use generate with a left-padded "
+            "batch, or serve the model with vLLM."
+        )
+
+    continuous_batching_context_manager = init_continuous_batching = generate_batch
+
     # --- what came of it ------------------------------------------------------------------------------
 
     @property
@@ -260,11 +291,12 @@ class AdaptiveModel:
 
     def close(self) -> None:
         """Give the model back. Idempotent; calls after it raise."""
-        with _registry_lock:
-            reference = _adapters.get(self._plan.target.model)
-            if reference is not None and reference() is self:
-                del _adapters[self._plan.target.model]
-        self.closed = True
+        self.closed = True  # its place in the registry is free from now on, or as soon as a running call ends
+
+    @property
+    def running(self) -> bool:
+        """Whether a call is inside the model now."""
+        return self._lock.locked()
 
     def __enter__(self) -> AdaptiveModel:
         return self

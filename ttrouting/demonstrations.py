@@ -47,7 +47,7 @@ def expert_scores(target: Target, tokenizer: Any, texts: Sequence[str]) -> Tenso
         valid = rows.valid.flatten().to(shift.device)
         for weight, output, column in zip(weights.unbind(1), outputs, ids.unbind(1), strict=True):
             gain = shift * weight.float() * output.float().norm(dim=-1) * valid  # [N]
-            totals[site.index].index_add_(0, column.cpu(), gain.cpu())
+            totals[site.index].index_add_(0, column.cpu(), gain.to(totals))
 
     for context in text_contexts(target.model, tokenizer, texts):
         session = Session(Plan(target, (), None), context.mask, context.ids[:, 0])

@@ -116,10 +116,12 @@ def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
         ConfigError: an empty prompt, right padding, or a prompt longer than the context.
         UnsupportedCallError: the prompt and the model are on different devices.
     """
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(torch.bool)
+    _check_device(model, ids)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
     if real.shape != ids.shape:
         raise ConfigError(
-            f"attention_mask has shape {tuple(real.shape)} beside input_ids of shape {tuple(ids.shape)}."
+            f"attention_mask has shape {tuple(real.shape)} beside input_ids of shape {tuple(ids.shape)}. Pass both "
+            "as the tokenizer gave them."
         )
     if ids.shape[1] == 0 or not bool(real.any(1).all()):
         raise ConfigError("A prompt is empty. Give every sequence at least one token.")
@@ -129,13 +131,17 @@ def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     longest, limit = int(real.sum(1).max()), getattr(text, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ConfigError(f"The prompt has {longest} tokens, the model's context {limit}. Shorten the prompt.")
+    return real
+
+
+def _check_device(model: Any, ids: Tensor) -> None:
     home = model.get_input_embeddings().weight.device
-    if home.type != "meta" and not getattr(model, "hf_device_map", None) and ids.device != home:
+    mapped = home.type == "meta" or getattr(model, "hf_device_map", None)  # accelerate moves inputs itself
+    if ids.is_meta or (not mapped and ids.device != home):
         raise UnsupportedCallError(
             f"input_ids are on {ids.device}, the model's embedding on {home}. Move them: "
             "inputs = inputs.to(model.device)."
         )
-    return real
 
 
 def infer_mask(model: Any, arguments: dict[str, Any], ids: Tensor) -> Tensor | None:

@@ -22,6 +22,12 @@ from ttrouting.sites import Candidate, Site
 
 PROBE_TOKENS = 16
 TOPK = (torch.topk, torch.Tensor.topk)
+HALF = (torch.bfloat16, torch.float16)
+# what rounds: in half precision its result is not that of fp32 rounded once
+ARITHMETIC = frozenset(
+    "softmax log_softmax sigmoid logsigmoid softplus tanh exp log sqrt logsumexp sum norm "
+    "add sub mul div truediv rtruediv itruediv iadd imul".split()
+)
 
 
 @dataclass
@@ -35,7 +41,8 @@ class _Sighting:
     phase: str = "outside"  # outside | router | between
     ids: Tensor | None = None  # [N, K]
     weights: Tensor | None = None  # [N, K]
-    upcast_keeps_bits: bool = True
+    half_arithmetic: bool = False  # scores were computed in half precision
+    upcast: str = "same"  # what fp32 logits do to the router's output: same | differs | fails
 
 
 class _Watch(TorchFunctionMode):
@@ -59,6 +66,9 @@ class _Watch(TorchFunctionMode):
             return out
         if func is F.linear and self.phase == "router":
             self.seen.linears.append(out.detach())
+            self.seen.half_arithmetic = False
+        elif self.phase == "router" and func.__name__.strip("_") in ARITHMETIC:
+            self.seen.half_arithmetic |= isinstance(out, Tensor) and out.dtype in HALF
         elif func in TOPK:
             scores = args[0] if args else kwargs["input"]
             topks = self.seen.router_topks if self.phase == "router" else self.seen.block_topks
@@ -92,15 +102,15 @@ def _tensors(out: Any) -> list[Tensor]:
     return [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
 
 
-def _same_after_upcast(run: Callable[[], Any], native: Any, last: int) -> bool:
-    """Whether fp32 logits give the same output bits (once cast back) as the native ones."""
+def _after_upcast(run: Callable[[], Any], native: Any, last: int) -> str:
+    """Whether fp32 logits give the same output bits (once cast back) as the native ones: same, differs or fails."""
     try:
         with _Upcast(last):
             out = run()
     except (RuntimeError, TypeError):  # "expected dtype ..." and its relatives
-        return False
+        return "fails"
     pairs = list(zip(_tensors(native), _tensors(out), strict=True))
-    return all(torch.equal(a, b.to(a.dtype)) for a, b in pairs)
+    return "same" if all(torch.equal(a, b.to(a.dtype)) for a, b in pairs) else "differs"
 
 
 def _watch_block(candidate: Candidate, seen: _Sighting, patches: Patches) -> None:
@@ -114,9 +124,9 @@ def _watch_block(candidate: Candidate, seen: _Sighting, patches: Patches) -> Non
             with _Watch(seen, "router"):
                 out = original(*args, **kwargs)
             seen.phase = "outside"
-            if seen.linears and seen.linears[-1].dtype in (torch.bfloat16, torch.float16):
+            if seen.linears and seen.linears[-1].dtype in HALF:
                 last = len(seen.linears) - 1
-                seen.upcast_keeps_bits = _same_after_upcast(lambda: original(*args, **kwargs), out, last)
+                seen.upcast = _after_upcast(lambda: original(*args, **kwargs), out, last)
             found = interface.read_router_output(out, None)
             if found is not None:
                 seen.ids, seen.weights = found
@@ -210,14 +220,13 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
     plain = weights.double()
     if scale is not None:
         plain = plain / scale.detach().double().to(ids.device)[ids]
-    half = torch.bfloat16 in (native, weights.dtype) or torch.float16 in (native, weights.dtype)
+    half = native in HALF or weights.dtype in HALF
     rule = infer_weight_rule(
         exact, choice.double() if topk_in != "logits" else None, ids, plain, 0.05 if half else 1e-3
     )
     block_native = topk_in == "block" and native != torch.float32 and _block_scores_natively(seen, native)
-    edit_dtype = torch.float32
-    if native == torch.float64 or (native != torch.float32 and (not seen.upcast_keeps_bits or block_native)):
-        edit_dtype = native
+    in_native = native == torch.float64 or (native in HALF and (seen.upcast == "fails" or block_native))
+    edit_dtype = native if in_native else torch.float32
     return Site(
         name=name,
         index=index,
@@ -232,6 +241,7 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
         topk_in=topk_in,
         interface=candidate.interface,
         edit_dtype=edit_dtype,
+        half_scores=native in HALF and not in_native and (seen.half_arithmetic or seen.upcast == "differs"),
         weight_dtype=weights.dtype,
         real_experts=real if skip else num_experts,
         limits=_limits(candidate, topk_in, skip, rule.scoring),

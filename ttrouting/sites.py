@@ -43,7 +43,8 @@ class Site:
             maxima over logits, no top-k) or `"table"` (fixed by token id).
         interface: how the choice reaches the experts: `"experts"` (ids and weights as arguments),
             `"dense"` (Llama4: a score for every expert) or `"sorted"` (JetMoe: a sorted dispatch).
-        edit_dtype: dtype in which logits are edited; fp32 unless that would change untouched rows.
+        edit_dtype: dtype in which logits are edited: fp32, the model's own where that is all its scoring takes.
+        half_scores: the family scores in half precision, so rows without an edit take a native run's result.
         weight_dtype: dtype in which the experts expect their weights.
         real_experts: ids from here on stand for "no expert" once chosen (Zaya's skip expert).
         limits: what this layer cannot do, in words.
@@ -62,6 +63,7 @@ class Site:
     topk_in: str
     interface: str
     edit_dtype: torch.dtype
+    half_scores: bool
     weight_dtype: torch.dtype
     real_experts: int
     limits: tuple[str, ...] = ()

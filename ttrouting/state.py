@@ -36,12 +36,14 @@ class AdaptationState:
         Raises:
             UnsupportedCallError: another model, or another number of sequences.
         """
+        if self.sequences is None:  # nothing was learned: the state before the first turn of a chat
+            return {}
         if self.fingerprint != fingerprint:
             raise UnsupportedCallError(
                 f"This state was learned on another model (fingerprint {self.fingerprint[:12]}, this model "
                 f"has {fingerprint[:12]}). Start without state."
             )
-        if self.sequences is not None and self.sequences != sequences:
+        if self.sequences != sequences:
             raise UnsupportedCallError(
                 f"This state has {self.sequences} sequences, the call has {sequences}. Pass the same "
                 "sequences in the same order, or start without state."

@@ -7,7 +7,7 @@ Edits see fp32 (see `Site.edit_dtype`); weights are cast back to what the expert
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,7 @@ class SiteTap:
         self.call = Call(site)
         self.native: Tensor | None = None  # the linear's own output, to be reported
         self.edited: Tensor | None = None  # what the router computed with instead
+        self.untouched: Tensor | None = None  # [N] bool, tokens whose logits and scores no edit changed
 
     def install(self, patches: Patches) -> None:
         """Attach to router and experts; `patches` takes it back."""
@@ -156,9 +157,11 @@ class SiteTap:
             if self.session.rows is None:
                 return original(*args, **kwargs)
             self.call = Call(self.site)
-            self.native = self.edited = None
+            self.native = self.edited = self.untouched = None
             with _RouterMode(self):
                 out = original(*args, **kwargs)
+            if self.untouched is not None:
+                out = self._restore_rows(out, original(*args, **kwargs))
             if not in_arguments and (read := interface.read_router_output(out, self.site.top_k)) is not None:
                 new = self.on_selection(*read)
                 if new is not None:
@@ -175,6 +178,19 @@ class SiteTap:
                 return original(*args, **kwargs)
 
         return forward
+
+    def _restore_rows(self, edited: Any, native: Any) -> Any:
+        """Rows without an edit as a native run gives them: scored in fp32 they could differ by a rounding."""
+        untouched = cast(Tensor, self.untouched)  # [N]
+
+        def pick(new: Any, old: Any) -> Any:
+            if not isinstance(new, Tensor) or new is self.edited or old.shape[:-1].numel() != untouched.numel():
+                return new
+            return torch.where(untouched.view(old.shape[:-1])[..., None], old, new.to(old.dtype))
+
+        if not isinstance(edited, tuple):
+            return pick(edited, native)
+        return tuple(pick(new, old) for new, old in zip(edited, native, strict=True))
 
     def _report_native(self, out: Any) -> Any:
         """Give back the family's own logits as reported logits: edits are ours, not the model's."""
@@ -216,6 +232,9 @@ class SiteTap:
             for run in session.edits_scores:
                 logits = run.edit_scores(site, logits, rows)
             logits = logits.clamp_min(MASKED)
+        # an optimisation needs the gradient through every row, also through deltas that are 0 so far
+        if site.half_scores and not logits.requires_grad:
+            self.untouched = (logits == flat[:, : site.num_experts]).all(-1)
         self.call.logits = logits
         if site.topk_in == "logits":
             self.call.choice = logits
@@ -233,6 +252,8 @@ class SiteTap:
             edited = flat
             for run in self.session.edits_scores:
                 edited = run.edit_scores(self.site, edited, rows)
+            if self.untouched is not None:
+                self.untouched &= (edited == flat).all(-1)
             flat = edited
             scores = edited.view(scores.shape)
             if args:

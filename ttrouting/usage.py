@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,12 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.taps import Call
+
+
+def returned_rows(prompts: int, repeats: int, returned: int) -> list[int]:
+    """For each returned sequence its row in the session, where each prompt has `repeats` rows."""
+    copies = returned // prompts
+    return [i // copies * repeats + i % copies for i in range(returned)]
 
 
 class UsageMeter:
@@ -28,6 +37,18 @@ class UsageMeter:
         self._tokens = [t.clone() for t in self._kept]
         if session.edits_selection:
             session.observers.append(self._observe)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards in this block are not counted: adaptations read tokens that were counted when decoded."""
+        watching = self._observe in self.session.observers
+        if watching:
+            self.session.observers.remove(self._observe)
+        try:
+            yield
+        finally:
+            if watching:
+                self.session.observers.append(self._observe)
 
     def _observe(self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows) -> None:
         own = rows.tokens // rows.streams
@@ -48,16 +69,13 @@ class UsageMeter:
             means.append(int(kept[sequence]) / seen if seen else float(site.top_k))
         return means
 
-    def report(self, prompt: Context, sequences: Tensor, seconds: dict[str, float]) -> Report:
-        """The report of a finished call. `sequences [R, T']` are the returned ids."""
+    def report(self, prompt: Context, sequences: Tensor, rows: list[int], seconds: dict[str, float]) -> Report:
+        """The report of a finished call. `sequences [R, T']` are the returned ids, `rows` theirs in the session."""
         session = self.session
-        returned = sequences.shape[0]
-        copies = returned // prompt.ids.shape[0]
-        repeats = session.sequences // prompt.ids.shape[0]
+        copies = sequences.shape[0] // prompt.ids.shape[0]
         ended = torch.isin(sequences[:, prompt.ids.shape[1] :].cpu(), session.stop_ids.cpu())
         entries = []
-        for i in range(returned):
-            row = i // copies * repeats + min(i % copies, repeats - 1)
+        for i, row in enumerate(rows):
             per_layer = self.per_layer(row)
             new = int((ended[i].cumsum(0) == 0).sum())
             facts = {run.strategy.name: run.report(row) for run in session.runs}

@@ -1,3 +1,175 @@
-"""stub"""
-def command() -> None:
-    """stub"""
+"""`ttrouting demo`: what does adapted routing change on a handful of questions, and is that more than luck?
+
+The pocket model knows some skills with digits only. Asked in letters, after a few solved examples, it is off its
+training text: the case that test-time routing is for. One set that it was trained on shows the other side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ttrouting.cli.generate import versions
+from ttrouting.cli.models import POCKET, load_model
+from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Json, ModelName
+from ttrouting.cli.output import Output
+from ttrouting.cli.paired import Paired, exact_interval
+from ttrouting.cli.trial import Answers, QuestionSet, answer
+from ttrouting.registry import get_strategy
+from ttrouting.strategy import Strategy
+
+# Skill and dialect. The first two never stood together in the training text, the last did.
+SETS = (("reverse", "letters"), ("subtract", "letters"), ("add", "letters"))
+# What each way of answering runs under, as strategy names and options; the base is always there.
+WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    # the solved answers and their line ends are what is to be learned
+    "rerouting": (
+        (
+            "rerouting",
+            {"loss_on": r"A:(.*\n)", "steps": 10, "lr": 0.1, "layers": "all", "interval": None},
+        ),
+    ),
+    "scmoe": (("scmoe", {}),),
+    "dynamic_k": (("dynamic_k", {"p": 0.5}),),
+}
+QUESTIONS, SHOTS, SHOWN, SEED = 40, 6, 3, 1
+
+
+def command(
+    questions: Annotated[int, typer.Option(min=1, help="Test questions of each set.")] = QUESTIONS,
+    seed: Annotated[int, typer.Option(help="Of the questions that are drawn.")] = SEED,
+    model: ModelName = POCKET,
+    dtype: DtypeName = Dtype.AUTO,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Base beside adapted answers, their accuracy and their cost; offline, in under a minute."""
+    began = perf_counter()
+    output = Output(as_json)
+    ways = {name: tuple(get_strategy(kind)(**options) for kind, options in way) for name, way in WAYS.items()}
+    with output.waiting(f"loading {model}") as say:
+        loaded, tokenizer = load_model(model, dtype.value, device)
+    output.show(Text(f"{type(loaded).__name__} ({model}): each question follows {SHOTS} solved examples,", "bold"))
+    output.show(Text("and routing is adapted on those examples alone. No weight changes.", "bold"))
+    results: list[tuple[QuestionSet, dict[str, Answers]]] = []
+    for skill, dialect in SETS:
+        asked = QuestionSet.draw(skill, dialect, questions, SHOTS, seed)
+        found: dict[str, Answers] = {}
+        with output.waiting(f"{skill} in {dialect}") as say:
+            for name, strategies in {"base": (), **ways}.items():
+                say(f"{skill} in {dialect}: {len(asked.questions)} questions, {name}")
+                found[name] = answer(loaded, tokenizer, asked, strategies)
+        results.append((asked, found))
+        output.show(Text(), _title(asked), _examples(asked, found, output.marks))
+    comparisons = len(SETS) * len(ways)
+    output.show(Text(), _accuracy(results, comparisons))
+    output.show(Text(_fine_print(comparisons), style="dim"))
+    asked, found = results[0]
+    output.show(Text(), Text(f"The report of rerouting, first {SHOWN} questions of {_name(asked)}", "bold"))
+    report = found["rerouting"].report
+    output.show(replace(report, sequences=report.sequences[:SHOWN]))
+    seconds = perf_counter() - began
+    output.note(f"{seconds:.0f} s in all. Next: ttrouting generate --help, ttrouting strategies")
+    output.data(_facts(model, seed, results, comparisons, seconds))
+
+
+def _name(asked: QuestionSet) -> str:
+    return f"{asked.skill}/{asked.dialect}"
+
+
+def _title(asked: QuestionSet) -> Text:
+    told = "trained together" if asked.trained else "never trained together"
+    title = Text(_name(asked), style="bold")
+    return title.append(f"  {told}; the first {min(SHOWN, len(asked.questions))} questions", style="not bold dim")
+
+
+def _examples(asked: QuestionSet, found: dict[str, Answers], marks: tuple[str, str]) -> Table:
+    """The first questions, not chosen ones, with every answer marked."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("question", "answer", *found):
+        table.add_column(column, overflow="ellipsis", no_wrap=True)
+    for i, question in enumerate(asked.questions[:SHOWN]):
+        cells = [_marked(answers.texts[i], answers.right[i], marks) for answers in found.values()]
+        table.add_row(Text(question.question), Text(question.answer), *cells)
+    return table
+
+
+def _marked(text: str, right: bool, marks: tuple[str, str]) -> Text:
+    mark = Text(f"{marks[0] if right else marks[1]} ", style="green" if right else "red")
+    return mark.append(text[:16], style="default")
+
+
+def _accuracy(results: list[tuple[QuestionSet, dict[str, Answers]]], comparisons: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("set", "under", "right", "95 %", "won", "lost", "against base", "experts/token", "seconds"):
+        table.add_column(column, justify="left" if column in ("set", "under", "against base") else "right")
+    for asked, found in results:
+        base = found["base"]
+        for name, answers in found.items():
+            paired = Paired.of(base.right, answers.right)
+            low, high = exact_interval(paired.after, paired.n)
+            first = answers is base
+            experts = answers.experts_per_token
+            table.add_row(
+                _name(asked) if first else "",
+                name,
+                f"{paired.after}/{paired.n}",
+                f"{100 * low:.0f}-{100 * high:.0f}",
+                "" if first else str(paired.won),
+                "" if first else str(paired.lost),
+                "" if first else _verdict(paired, comparisons),
+                "" if experts is None else f"{experts:.2f}",
+                f"{answers.seconds:.1f}",
+            )
+    return table
+
+
+def _verdict(paired: Paired, comparisons: int) -> str:
+    verdict = paired.verdict(comparisons)
+    if paired.won + paired.lost == 0:
+        return verdict
+    p = paired.p_value
+    return f"{verdict}, p {'< 0.0001' if p < 0.0001 else f'= {p:.2g}'}"
+
+
+def _fine_print(comparisons: int) -> str:
+    return (
+        "won, lost: questions that only the adapted model, only the base answered. p: exact McNemar test, two-sided.\n"
+        f"'better' and 'worse' need p < {0.05 / comparisons:.2g}: 5 % over all {comparisons} comparisons together. "
+        "95 %: exact interval (Clopper-Pearson).\n"
+        "This model is a fixture of a few million weights. It says how the machinery works, nothing about real models."
+    )
+
+
+def _facts(
+    model: str,
+    seed: int,
+    results: list[tuple[QuestionSet, dict[str, Answers]]],
+    comparisons: int,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "seed": seed,
+        "shots": SHOTS,
+        "comparisons": comparisons,
+        "sets": [
+            {
+                "skill": asked.skill,
+                "dialect": asked.dialect,
+                "trained": asked.trained,
+                "questions": [{"question": q.question, "answer": q.answer} for q in asked.questions],
+                "ways": {name: answers.facts(found["base"]) for name, answers in found.items()},
+            }
+            for asked, found in results
+        ],
+        "report": results[0][1]["rerouting"].report.to_dict(),
+        "seconds": seconds,
+        "versions": versions(),
+    }
