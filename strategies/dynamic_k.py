@@ -7,7 +7,7 @@ A cost method: published retrofits lose accuracy when they drop much. A dropped 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import sqrt
 from typing import Any, ClassVar, Self
 
@@ -22,6 +22,7 @@ from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of, same_model
 from ttrouting.taps import Call
+from ttrouting.usage import UsageMeter
 from ttrouting.target import Target
 
 RULES = ("top_p", "relative", "sensitivity", "entropy")
@@ -34,12 +35,13 @@ class Calibration:
     """What `ttr.calibrate` saw on its text.
 
     Attributes:
-        mean_k: experts per token, mean over tokens and layers. kl: mean KL(base || dynamic) of the next
-            token in nats; kl_high: its 95th percentile over texts.
+        mean_k: experts per token, mean over tokens and layers; k_low: its 5th percentile over texts.
+        kl: mean KL(base || dynamic) of the token after a text, in nats; kl_high: its 95th percentile.
         tokens: how many tokens. fingerprint: of which model.
     """
 
     mean_k: float
+    k_low: float
     kl: float
     kl_high: float
     tokens: int
@@ -48,6 +50,20 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a value is missing, unknown or no number.
+        """
+        known = [field.name for field in fields(cls)]
+        if sorted(data) != sorted(known):
+            raise ConfigError(f"dynamic_k.calibration holds {sorted(data)}, it needs {sorted(known)}.")
+        for name in known[:-1]:
+            in_range("dynamic_k.calibration", name, data[name])
+        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,8 @@ class DynamicK(RoutingStrategy):
         k_min: experts that stay whatever the rule says; default 1, 2 under `entropy`.
         renormalize: `family` (kept weights sum to what all K did, where the family renormalises), `always`, `never`.
         gate: drop only where the largest `pi` is at least this; None drops wherever the rule says.
-        calibration: what calibration saw; with `no_harm` a prompt on which routing differs by far more keeps all K.
+        calibration: what calibration saw; with `no_harm` a prompt that loses far more keeps all `K`: under 0.9
+            of `k_low` experts per token, or a KL over twice `kl_high`.
     """
 
     name: ClassVar[str] = "dynamic_k"
@@ -98,10 +115,14 @@ class DynamicK(RoutingStrategy):
         in_range(self.name, "threshold", self.threshold, 0)
         in_range(self.name, "tau", self.tau, 0, 1)
         in_range(self.name, "q", self.q, 0, open_low=True)
-        in_range(self.name, "k_min", self.floor, 1)
+        in_range(self.name, "k_min", self.floor, 1, whole=True)
         one_of(self.name, "renormalize", self.renormalize, ("family", "always", "never"))
         if self.gate is not None:
             in_range(self.name, "gate", self.gate, 0, 1)
+        if not isinstance(self.sensitivity, tuple | None):
+            raise ConfigError(f"{self.name}.sensitivity must be a number for each layer, got {self.sensitivity!r}.")
+        if not isinstance(self.calibration, Calibration | None):
+            raise ConfigError(f"{self.name}.calibration must come from ttr.calibrate, got {self.calibration!r}.")
         for value in self.sensitivity or ():
             in_range(self.name, "sensitivity", value, 0, open_low=True)
 
@@ -109,10 +130,10 @@ class DynamicK(RoutingStrategy):
     def from_dict(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Self:
         """As in `Strategy`, with the calibration and the sensitivities as JSON has them."""
         options = dict(data)
-        if options.get("sensitivity") is not None:
+        if isinstance(options.get("sensitivity"), list):
             options["sensitivity"] = tuple(options["sensitivity"])
-        if options.get("calibration") is not None:
-            options["calibration"] = Calibration(**options["calibration"])
+        if isinstance(options.get("calibration"), Mapping):
+            options["calibration"] = Calibration.from_dict(options["calibration"])
         return super().from_dict(options, tensors)
 
     @property
@@ -213,17 +234,26 @@ class DynamicKRun(RoutingRun):
         return ids, thinned
 
     def prepare(self, context: Context) -> None:
-        """With `no_harm` and a calibration: full K for prompts on which far more changes than it did there."""
-        seen = self.strategy.calibration
-        if seen is None or not self.session.plan.target.no_harm:
+        """With `no_harm` and a calibration: full K for prompts that lose far more than its texts did."""
+        session, seen = self.session, self.strategy.calibration
+        if seen is None or not session.plan.target.no_harm:
             return
-        with self.session.without(self):
-            _, base = token_losses(self.session, context)
-        _, thinned = token_losses(self.session, context)
+        with session.without(self):
+            _, base = token_losses(session, context)
+        meter = UsageMeter(session)
+        with meter.counting():
+            _, thinned = token_losses(session, context)
         kl = divergence(base, thinned)  # [B]
-        limit = max(10 * seen.kl, 2 * seen.kl_high)
-        self.on = (kl <= limit).to(self.on.device)
-        self.seen = [{"kl": float(value), "kl_limit": limit} for value in kl]
+        for i, value in enumerate(kl.tolist()):
+            layers = meter.per_layer(i)
+            facts = {
+                "kl": value,
+                "kl_limit": 2 * seen.kl_high,
+                "mean_k": sum(layers) / len(layers),
+                "k_limit": 0.9 * seen.k_low,
+            }
+            self.on[i] = facts["kl"] <= facts["kl_limit"] and facts["mean_k"] >= facts["k_limit"]
+            self.seen.append(facts)
 
     def expand(self, repeats: int) -> None:
         self.on = self.on.repeat_interleave(repeats)
@@ -233,6 +263,10 @@ class DynamicKRun(RoutingRun):
         facts: dict[str, Any] = {"outcome": "applied"}
         if self.seen:
             facts |= self.seen[sequence]
-            if not bool(self.on[sequence]):
+            if facts["kl"] > facts["kl_limit"]:
                 facts["outcome"] = f"rolled back: next-token KL {facts['kl']:.3f} over {facts['kl_limit']:.3f}"
+            elif not bool(self.on[sequence]):
+                facts["outcome"] = (
+                    f"rolled back: {facts['mean_k']:.2f} experts per token, under {facts['k_limit']:.2f}"
+                )
         return facts

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ttrouting.context import Context
-from ttrouting.errors import UnsupportedModelError
+from ttrouting.errors import UnsupportedCallError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
 from ttrouting.layers import LayerRule
 from ttrouting.objective import divergence, mean_loss, split_targets, token_losses
@@ -21,7 +22,7 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.spans import check_loss_on, narrow_targets
-from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of
+from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, one_of
 from ttrouting.summary import RoutingSummary, changes, summarise
 from ttrouting.target import Target
 
@@ -65,10 +66,10 @@ class Rerouting(RoutingStrategy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        in_range(self.name, "steps", self.steps, 0, 10_000)
+        in_range(self.name, "steps", self.steps, 0, 10_000, whole=True)
         in_range(self.name, "lr", self.lr, 0, 100)
         if self.interval is not None:
-            in_range(self.name, "interval", self.interval, 1)
+            in_range(self.name, "interval", self.interval, 1, whole=True)
         one_of(self.name, "optimizer", self.optimizer, ("adam", "sgd"))
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
         check_loss_on(self.loss_on)
@@ -134,8 +135,16 @@ class ReroutingRun(RoutingRun):
         self.history = [[dict(h) for h in past] for past in self.history for _ in range(repeats)]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        if "delta" in state:
-            self.delta = state["delta"].to(self.delta)
+        if "delta" not in state:
+            return
+        delta = state["delta"]
+        if delta.shape != self.delta.shape:
+            raise UnsupportedCallError(
+                f"This state's delta has shape {tuple(delta.shape)}, the call needs {tuple(self.delta.shape)} "
+                "(sequences, layers, experts). Start without state."
+            )
+        finite(self.strategy.name, "state", delta)
+        self.delta = delta.to(self.delta)
 
     def state(self) -> dict[str, Tensor]:
         return {"delta": self.delta.clone()}
@@ -171,7 +180,7 @@ class ReroutingRun(RoutingRun):
             losses_after, log_after = token_losses(session, context)
         kl = divergence(log_after, log_before)  # [B]
         judge_before, judge_after = mean_loss(losses, judge), mean_loss(losses_after, judge)
-        fine = torch.isfinite(losses_after).all(1) & torch.isfinite(kl)
+        fine = (torch.isfinite(losses_after) | ~targets).all(1) & torch.isfinite(kl)
         if no_harm:
             fine &= (judge_after < judge_before) & (kl <= options.kl_limit)
         accepted = wanted & fine
@@ -235,6 +244,8 @@ class ReroutingRun(RoutingRun):
             self.history[i].append(phase)
 
     def _why(self, phase: dict[str, Any]) -> str:
+        if not isfinite(phase["loss_after"]) or not isfinite(phase["kl"]):
+            return "rolled back: the adapted loss is no number"
         before, after = phase["held_back_before"], phase["held_back_after"]
         if not after < before:
             return f"rolled back: held-back loss {before:.3f} -> {after:.3f}"

@@ -165,7 +165,9 @@ def test_entropy_last_random_and_soft_rules(olmoe):
     assert [i for i in range(4) if by_entropy[i].any()] == [max(range(4), key=entropy.__getitem__)]
     last = learned(olmoe, ids, layers="last:1")[0]
     assert [i for i in range(4) if last[i].any()] == [3]
-    random = [learned(olmoe, ids, layers="random:0.5", seed=s)[0].any(1).nonzero().flatten().tolist() for s in range(6)]
+    random = [
+        learned(olmoe, ids, layers="random:0.5", seed=s)[0].any(1).nonzero().flatten().tolist() for s in range(6)
+    ]
     assert all(len(r) == 2 for r in random)
     assert len({tuple(r) for r in random}) > 1
     # the first Adam step has size lr wherever there is a gradient: soft weights show in it directly

@@ -144,10 +144,7 @@ class AdaptiveModel:
     def _generate(self, context: Context, arguments: dict[str, Any], state: AdaptationState | None) -> Any:
         model, plan = self._model, self._plan
         session = Session(plan, context.mask, sequence_keys(context.ids, context.mask), stop_ids(model, arguments))
-        if state is not None:
-            tensors = state.for_batch(session.sequences, plan.target.fingerprint)
-            for run in session.runs:
-                run.restore(tensors.get(run.strategy.name, {}))
+        _restore(session, state)
         beams, copies = (option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences"))
         # generate repeats each prompt `max(beams, copies)` times: copies are a subset of the beams
         repeats = max(beams, copies)
@@ -207,8 +204,13 @@ class AdaptiveModel:
         criteria = list(arguments.get("stopping_criteria") or [])
         arguments["stopping_criteria"] = [*criteria, EveryInterval(interval, length, last, readapt)]
 
-    def __call__(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
+    def __call__(
+        self, input_ids: Tensor | None = None, *, state: AdaptationState | None = None, **arguments: Any
+    ) -> Any:
         """A plain forward under the routing strategies. It never optimises; see `generate` for that.
+
+        What an earlier call learned applies where it is passed as `state`, and only there: the same
+        arguments always give the same output.
 
         Raises:
             UnsupportedCallError: a cache is passed in, whose entries had another routing.
@@ -232,9 +234,7 @@ class AdaptiveModel:
             mask = mask.to(torch.bool)
             routing_only = Plan(self._plan.target, self._plan.routing, None)
             session = Session(routing_only, mask, sequence_keys(ids, mask))
-            tensors = self._state.tensors if self._state.sequences == ids.shape[0] else {}
-            for run in session.runs:
-                run.restore(tensors.get(run.strategy.name, {}))
+            _restore(session, state)
             with session.installed():
                 output = model(**arguments)
             session.check_coverage()
@@ -337,6 +337,13 @@ class AdaptiveModel:
             yield
         finally:
             self._lock.release()
+
+
+def _restore(session: Session, state: AdaptationState | None) -> None:
+    if state is not None:
+        tensors = state.for_batch(session.sequences, session.plan.target.fingerprint)
+        for run in session.runs:
+            run.restore(tensors.get(run.strategy.name, {}))
 
 
 def _targets(ids: Tensor, mask: Tensor, given: Tensor | None) -> Tensor:

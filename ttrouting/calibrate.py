@@ -93,8 +93,10 @@ def calibrate(
         else:
             high = value
     kls = _divergences(target, contexts, with_value(value))
+    means = torch.tensor([_measure(target, [context], with_value(value)) for context in contexts])
     record = Calibration(
         mean_k=reached,
+        k_low=float(means.quantile(0.05)),
         kl=float(kls.mean()),
         kl_high=float(kls.quantile(0.95)),
         tokens=sum(int(c.mask.sum()) for c in contexts),

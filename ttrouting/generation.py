@@ -11,6 +11,7 @@ from transformers import StoppingCriteria
 
 from ttrouting.errors import ConfigError, UnsupportedCallError
 from ttrouting.plan import Plan
+from ttrouting.sites import NO_BEAMS
 
 REFUSED_ARGUMENTS = {
     "past_key_values": "its entries were computed under another routing; pass the whole text instead",
@@ -87,6 +88,10 @@ def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             f"{plan.decoding.name} does not work with num_beams={beams}: a beam reorder would drop its second "
             "rows. Use num_beams=1."
+        )
+    if any(NO_BEAMS in site.limits for site in plan.target.sites):
+        raise UnsupportedCallError(
+            f"{type(model).__name__} does not work with num_beams={beams}: {NO_BEAMS}. Use num_beams=1."
         )
     new = option(model, arguments, "max_new_tokens")
     if plan.interval is not None and (new is None or new > plan.interval):

@@ -34,7 +34,8 @@ def token_losses(session: Session, context: Context) -> tuple[Tensor, Tensor]:
 
 def mean_loss(losses: Tensor, mask: Tensor) -> Tensor:
     """Mean over the chosen tokens of each sequence: `[B, T]`, `[B, T]` bool -> `[B]` (0 where none)."""
-    return (losses * mask).sum(1) / mask.sum(1).clamp_min(1)
+    # chosen, not multiplied: what stands at padding may be no number
+    return torch.where(mask, losses, 0).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def split_targets(targets: Tensor, hold_back: bool) -> tuple[Tensor, Tensor]:

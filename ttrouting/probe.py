@@ -241,10 +241,11 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
         topk_in=topk_in,
         interface=candidate.interface,
         edit_dtype=edit_dtype,
+        least_columns=2 if hasattr(candidate.experts, "zero_expert_num") else 1,
         half_scores=native in HALF and not in_native and (seen.half_arithmetic or seen.upcast == "differs"),
         weight_dtype=weights.dtype,
         real_experts=real if skip else num_experts,
-        limits=_limits(candidate, topk_in, skip, rule.scoring),
+        limits=_limits(candidate, topk_in, skip, rule.scoring, edit_dtype),
     )
 
 
@@ -253,7 +254,7 @@ def _block_scores_natively(seen: _Sighting, native: torch.dtype) -> bool:
     return seen.block_topks[-1].dtype == native
 
 
-def _limits(candidate: Candidate, topk_in: str, skip: bool, scoring: str) -> tuple[str, ...]:
+def _limits(candidate: Candidate, topk_in: str, skip: bool, scoring: str, edit_dtype: torch.dtype) -> tuple[str, ...]:
     limits = list(INTERFACES[candidate.interface].limits)
     if topk_in == "table":
         limits.append("experts are fixed by token id: a delta changes their weights only, no mask")
@@ -261,4 +262,6 @@ def _limits(candidate: Candidate, topk_in: str, skip: bool, scoring: str) -> tup
         limits.append("one of the choices is a skip expert without compute")
     if scoring == "other":
         limits.append("no simple rule from logits to weights: no C3PO override")
+    if edit_dtype in HALF:
+        limits.append(f"scored in {str(edit_dtype).removeprefix('torch.')} by the block: a delta is rounded to that")
     return tuple(limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ttrouting.context import Context
-from ttrouting.errors import CoverageError
+from ttrouting.errors import CoverageError, ModelBusy
 from ttrouting.patches import Patches
 from ttrouting.rows import Rows, make_rows
 from ttrouting.sites import Site
@@ -102,9 +103,16 @@ class Session:
 
     def _make_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(original).parameters)
+        owner = threading.get_ident()
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # a compiled forward runs where it was called from, and cannot trace this question
+            if not torch.compiler.is_compiling() and threading.get_ident() != owner:
+                raise ModelBusy(
+                    "This model is inside an adapted call of another thread, whose routing would apply here too. "
+                    "Wait for that call to end."
+                )
             kwargs.update(zip(names, args, strict=False))
             return self._decode_forward(original, kwargs)
 
@@ -209,6 +217,11 @@ class Session:
         self._ended = self._ended.repeat_interleave(repeats)
         for run in self.runs:
             run.expand(repeats)
+
+    @property
+    def decoding_step(self) -> int:
+        """New tokens that the last forward decided on, in columns: 1 for the prompt, 0 for a part of it."""
+        return max(0, self._cursor - self._mask.shape[1] + 1)
 
     @property
     def live(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ REFUSED_MODELS = {
     ),
 }
 
+NO_BEAMS = "its cache does not follow a beam reorder (nor a crop) upstream: no beam search"
+
+# what a whole model cannot do, said at each of its sites
+MODEL_LIMITS = {
+    "minimax": (NO_BEAMS,),
+    "deepseek_v4": ("left padding changes its compressed attention upstream: give prompts of one length",),
+    "openai_privacy_filter": ("not causal: forwards only, no generate and no rerouting",),
+    "ernie4_5_vl_moe": ("text only: tokens of pictures have experts of their own and lose their rows",),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -45,6 +55,7 @@ class Site:
             `"dense"` (Llama4: a score for every expert) or `"sorted"` (JetMoe: a sorted dispatch).
         edit_dtype: dtype in which logits are edited: fp32, the model's own where that is all its scoring takes.
         half_scores: the family scores in half precision, so rows without an edit take a native run's result.
+        least_columns: how many columns of ids and weights the experts take at least (LongCat fails on one).
         weight_dtype: dtype in which the experts expect their weights.
         real_experts: ids from here on stand for "no expert" once chosen (Zaya's skip expert).
         limits: what this layer cannot do, in words.
@@ -64,6 +75,7 @@ class Site:
     interface: str
     edit_dtype: torch.dtype
     half_scores: bool
+    least_columns: int
     weight_dtype: torch.dtype
     real_experts: int
     limits: tuple[str, ...] = ()
@@ -148,4 +160,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder. Only decoder-only models are supported."
         )
-    return probe_sites(model, found)
+    text = getattr(config, "get_text_config", lambda: config)()
+    limits = {limit for c in (config, text) for limit in MODEL_LIMITS.get(getattr(c, "model_type", ""), ())}
+    sites = probe_sites(model, found)
+    return [replace(site, limits=(*site.limits, *sorted(limits))) for site in sites] if limits else sites

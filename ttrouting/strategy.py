@@ -68,10 +68,10 @@ class Strategy:
         """
         known = [f.name for f in dataclasses.fields(cls)]
         options = {k: v for k, v in data.items() if k != "strategy"}
-        for name in options:
+        for name in (*options, *(tensors or {})):
             if name not in known:
                 raise ConfigError(f"{cls.name} has no option {name!r}.{did_you_mean(name, known)}")
-        return cls(**options, **(tensors or {}))
+        return cls(**{**options, **(tensors or {})})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors among the options, by option name."""
@@ -194,10 +194,11 @@ def in_range(
     low: float = -float("inf"),
     high: float = float("inf"),
     open_low: bool = False,
+    whole: bool = False,
 ) -> None:
     """Raise `ConfigError` unless `low <= value <= high` (`low < value` if `open_low`); NaN never passes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{strategy}.{option} must be a number, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ConfigError(f"{strategy}.{option} must be a {'whole ' if whole else ''}number, got {value!r}.")
     if not (low < value if open_low else low <= value) or not value <= high:
         left = "(" if open_low or low == -float("inf") else "["
         right = ")" if high == float("inf") else "]"

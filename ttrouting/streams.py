@@ -35,11 +35,16 @@ def repeat_inputs(kwargs: dict[str, Any], batch: int, streams: int) -> dict[str,
 
 
 def first_stream(output: Any, rows: int, batch: int) -> Any:
-    """Cut every per-row tensor of a model output from `rows` to its first `batch` rows."""
+    """Cut every per-row tensor of a model output from `rows` to its first `batch` rows.
+
+    Per-token tensors, `[rows * S, ...]` such as router logits, keep the same share.
+    """
 
     def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] % rows == 0:
+            return value[: value.shape[0] // rows * batch]
         if isinstance(value, Tensor):
-            return value[:batch] if value.dim() and value.shape[0] == rows else value
+            return value
         if isinstance(value, tuple):
             return tuple(cut(v) for v in value)
         return value

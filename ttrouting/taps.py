@@ -22,6 +22,7 @@ from ttrouting.scoring import probabilities, raw_scores
 from ttrouting.sites import Site
 
 if TYPE_CHECKING:
+    from ttrouting.rows import Rows
     from ttrouting.session import Session
 
 TOPK = (torch.topk, torch.Tensor.topk)
@@ -137,6 +138,7 @@ class SiteTap:
         self.site = site
         self.session = session
         self.call = Call(site)
+        self.routed: Rows | None = None  # the forward in which the router was last seen
         self.native: Tensor | None = None  # the linear's own output, to be reported
         self.edited: Tensor | None = None  # what the router computed with instead
         self.untouched: Tensor | None = None  # [N] bool, tokens whose logits and scores no edit changed
@@ -222,6 +224,7 @@ class SiteTap:
                 "so their sequences are unknown. Adapt text-only inputs."
             )
         session.count(site, flat.shape[0])
+        self.routed = rows
         if not session.edits_logits and site.topk_in != "logits":
             self.call.logits = flat[:, : site.num_experts]
             return out
@@ -268,6 +271,8 @@ class SiteTap:
         site, session, rows = self.site, self.session, self.session.rows
         if rows is None:
             return None
+        if self.routed is not rows:  # a call of an earlier forward would pass for this one's
+            self.call = Call(site)
         self.call._seen()
         changed = False
         if weights.dtype != site.weight_dtype:  # fp32 logits made fp32 weights
@@ -284,6 +289,9 @@ class SiteTap:
                 skipped = ids >= site.real_experts
                 ids, wide = ids.masked_fill(skipped, 0), wide.masked_fill(skipped, 0)
             weights = wide.to(site.weight_dtype)
+            if (missing := site.least_columns - ids.shape[1]) > 0:
+                # the last id is one of LongCat's zero experts: nothing is computed for it
+                ids, weights = F.pad(ids, (0, missing), value=site.num_experts - 1), F.pad(weights, (0, missing))
             changed = True
         for observer in session.observers:
             observer(site, self.call, ids, weights, rows)

@@ -30,6 +30,16 @@ class UsageMeter:
         self._kept: list[Tensor] = []  # per layer [B], experts with a weight
         self._tokens: list[Tensor] = []  # per layer [B], routed tokens
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count inside the block only."""
+        self.start()
+        try:
+            yield
+        finally:
+            if self._observe in self.session.observers:
+                self.session.observers.remove(self._observe)
+
     def start(self) -> None:
         """Begin to count. Nothing is watched where no strategy can change the number of experts."""
         session = self.session

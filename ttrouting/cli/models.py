@@ -84,7 +84,9 @@ def _source(name: str) -> tuple[str, bool]:
     if path.exists():
         raise ModelLoadError(f"{name} is a file. Give the folder that save_pretrained wrote, not a file in it.")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise ModelLoadError(f"There is no folder {name}. Give a folder, a hub name such as org/model, or {POCKET!r}.")
+        raise ModelLoadError(
+            f"There is no folder {name}. Give a folder, a hub name such as org/model, or {POCKET!r}."
+        )
     return name, False
 
 

@@ -23,9 +23,7 @@ def gather(arguments: Sequence[str], files: Sequence[Path], escapes: bool = Fals
     """
     if sum(a == "-" for a in arguments) > 1:
         raise ConfigError("stdin ('-') can be read only once.")
-    texts = [
-        _without_line_end(sys.stdin.read()) if a == "-" else unescape(a) if escapes else a for a in arguments
-    ]
+    texts = [_without_line_end(sys.stdin.read()) if a == "-" else unescape(a) if escapes else a for a in arguments]
     return texts + [_read(file) for file in files]
 
 
