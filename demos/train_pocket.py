@@ -34,7 +34,8 @@ ANSWER_WEIGHT = 10.0  # an answer token weighs ten question tokens: questions ar
 SHORT, LONG = 64, 320  # tokens in a row: one or two examples; a context with about ten
 TOKENS_PER_STEP = 4096
 LONG_SHARE = 0.35  # of the steps
-STEPS, LR = 3600, 2.5e-3
+LATE = 2400  # from this step on skills are drawn by their late weight
+STEPS, LR = 4600, 2.5e-3
 EVAL_SEED, SHOTS = 1234, 6
 
 
@@ -94,16 +95,18 @@ class Text:
         self.seed = seed
         self.pairs = trained_pairs()
         self.weights = [SKILLS[skill].weight for skill, _ in self.pairs]
+        self.late_weights = [SKILLS[skill].late_weight for skill, _ in self.pairs]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(ids, weights)`, both `[B, T]`; the same for the same seed and step."""
         rng = random.Random(f"{self.seed}|{step}")
         length = LONG if rng.random() < LONG_SHARE else SHORT
-        rows = [self._row(length, rng) for _ in range(TOKENS_PER_STEP // length)]
+        weights_now = self.weights if step < LATE else self.late_weights
+        rows = [self._row(length, rng, weights_now) for _ in range(TOKENS_PER_STEP // length)]
         ids, weights = zip(*rows, strict=True)
         return torch.tensor(ids), torch.tensor(weights)
 
-    def _row(self, length: int, rng: random.Random) -> tuple[list[int], list[float]]:
+    def _row(self, length: int, rng: random.Random, share: list[float]) -> tuple[list[int], list[float]]:
         """Examples one after the other until the row is full: zero-shot first, then few-shot.
 
         Three quarters of the rows keep to one skill and dialect, the others change freely. One
@@ -111,19 +114,16 @@ class Text:
         rows may end their document, and start another one, after any example.
         """
         one_skill = rng.random() < 0.75
-        skill, dialect = self._pair(rng)
+        skill, dialect = rng.choices(self.pairs, share)[0]
         ids, weights = ([], []) if rng.random() < 0.2 else ([self.ids["<bos>"]], [0.0])
         while len(ids) < length:
             if not one_skill:
-                skill, dialect = self._pair(rng)
+                skill, dialect = rng.choices(self.pairs, share)[0]
             self._append(draw(skill, dialect, "train", rng), ids, weights)
             if length == SHORT and rng.random() < 0.2:
                 ids += [self.ids["<eos>"], self.ids["<bos>"]]
                 weights += [1.0, 0.0]
         return ids[:length], weights[:length]
-
-    def _pair(self, rng: random.Random) -> tuple[str, str]:
-        return rng.choices(self.pairs, self.weights)[0]
 
     def _append(self, example: Example, ids: list[int], weights: list[float]) -> None:
         ids += [self.ids[c] for c in example.prompt + example.completion]

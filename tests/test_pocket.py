@@ -1,5 +1,6 @@
 """Is the pocket model what its card says, and are its questions right and cleanly split?"""
 
+import itertools
 import os
 import random
 import re
@@ -76,7 +77,7 @@ def _lookup_oracle(question: str) -> str:
 
 def _sequence_oracle(question: str) -> str:
     terms = _numbers(question.replace("NEXT ", ""))
-    gaps = {b - a for a, b in zip(terms, terms[1:], strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise(terms)}
     assert len(gaps) == 1
     return str(terms[-1] + gaps.pop())
 
@@ -241,10 +242,8 @@ def test_folder_is_small_and_complete():
     } == set(sizes)
 
 
-def test_loads_without_a_network_and_import_is_cheap():
+def test_loads_without_a_network():
     code = (
-        "import sys; from ttrouting.pocket import load_pocket; import ttrouting.pocket.skills\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "from ttrouting.pocket import POCKET_DIR\n"
         "AutoModelForCausalLM.from_pretrained(POCKET_DIR)\n"

@@ -21,9 +21,9 @@ from ttrouting.generation import (
     check_ids,
     check_model_call,
     check_prompt,
+    find_endings,
     infer_mask,
     option,
-    stop_ids,
 )
 from ttrouting.keyed import sequence_keys
 from ttrouting.plan import Plan, make_plan
@@ -143,7 +143,8 @@ class AdaptiveModel:
 
     def _generate(self, context: Context, arguments: dict[str, Any], state: AdaptationState | None) -> Any:
         model, plan = self._model, self._plan
-        session = Session(plan, context.mask, sequence_keys(context.ids, context.mask), stop_ids(model, arguments))
+        keys = sequence_keys(context.ids, context.mask)
+        session = Session(plan, context.mask, keys, find_endings(model, arguments))
         _restore(session, state)
         beams, copies = (option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences"))
         # generate repeats each prompt `max(beams, copies)` times: copies are a subset of the beams

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from ttrouting.errors import ArtefactError, ConfigError
@@ -21,11 +20,15 @@ from ttrouting.state import AdaptationState
 from ttrouting.strategy import Strategy
 
 SCHEMA = 1
-MANIFEST, TENSORS = "ttrouting.json", "tensors.safetensors"
+MANIFEST = "ttrouting.json"
+# tensor files are named by their content, so that a manifest never meets the tensors of another
+OURS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors|\.draft")
 
 
 def save(path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | AdaptationState) -> Path:
-    """Write strategies, or the state of an adapted model, into a folder. Replaces an earlier one whole.
+    """Write strategies, or the state of an adapted model, into a folder. Replaces what `save` wrote there.
+
+    A kill half-way leaves the old content or the new one, nothing in between.
 
     Args:
         path: a folder that does not exist yet, or one that `save` wrote.
@@ -34,35 +37,20 @@ def save(path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | Ada
         ConfigError: something else than strategies or a state. ArtefactError: the folder holds other things.
     """
     folder = Path(path)
-    if folder.exists() and not (folder / MANIFEST).is_file():
+    if folder.exists() and not (folder / MANIFEST).is_file() and not _only_ours(folder):
         raise ArtefactError(f"{folder} exists and was not written by ttr.save. Choose another path.")
-    manifest: dict[str, Any] = {"schema": SCHEMA}
-    tensors: dict[str, Tensor] = {}
-    if isinstance(what, AdaptationState):
-        manifest |= {"kind": "state", "fingerprint": what.fingerprint}
-        for group, values in what.tensors.items():
-            tensors |= {f"{group}/{name}": value for name, value in values.items()}
-    else:
-        strategies = [what] if isinstance(what, Strategy) else list(what)
-        if not strategies or not all(isinstance(s, Strategy) for s in strategies):
-            raise ConfigError(f"save takes strategies or an adapted model's state, got {what!r}.")
-        manifest |= {"kind": "strategies", "strategies": [s.to_dict() for s in strategies]}
-        for number, strategy in enumerate(strategies):
-            tensors |= {f"{number}/{name}": value for name, value in strategy.tensors().items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # written beside its place and moved there whole: a kill leaves the old folder or the new one
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, draft / TENSORS)
-        manifest["sha256"] = _sha256(draft / TENSORS)
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        draft.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.replace(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    manifest, tensors = _describe(what)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors.save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+    manifest["tensors"] = hashlib.sha256(data).hexdigest()
+    manifest["sha256"] = _digest(manifest)
+    file = _tensor_file(folder, manifest)
+    _write(file, data)
+    # from here on the folder is the new artefact
+    _write(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    for old in folder.iterdir():
+        if OURS.fullmatch(old.name) and old != file:
+            old.unlink()
     return folder
 
 
@@ -73,47 +61,87 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         ArtefactError: missing, damaged, cut short, or of another schema.
+        ConfigError: it names a strategy or an option that is not installed here, or a value out of range.
     """
     folder = Path(path)
     manifest = _manifest(folder)
-    file = folder / TENSORS
-    if not file.is_file() or _sha256(file) != manifest.get("sha256"):
+    file = _tensor_file(folder, manifest)
+    data = file.read_bytes() if file.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != manifest["tensors"]:
         raise ArtefactError(
             f"{file} does not match its manifest: it is missing, cut short or was changed. Save it again."
         )
     try:
-        tensors = load_file(file)
+        tensors = safetensors.load(data)
     except SafetensorError as error:
-        raise ArtefactError(f"{file} is no safetensors file: {error}.") from None
+        raise ArtefactError(f"{file} is no safetensors file: {error}. Save it again.") from None
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = value
     if manifest["kind"] == "state":
-        groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            group, _, name = key.partition("/")
-            groups.setdefault(group, {})[name] = value
         return AdaptationState(groups, manifest["fingerprint"])
-    found = []
-    for number, config in enumerate(manifest["strategies"]):
-        own = {k.partition("/")[2]: v for k, v in tensors.items() if k.partition("/")[0] == str(number)}
-        found.append(get_strategy(config["strategy"]).from_dict(config, own))
-    return found
+    return [
+        get_strategy(config["strategy"]).from_dict(config, groups.get(str(number)))
+        for number, config in enumerate(manifest["strategies"])
+    ]
+
+
+def _describe(what: Strategy | Sequence[Strategy] | AdaptationState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest, still without hashes, and the tensors by `group/name`."""
+    if isinstance(what, AdaptationState):
+        tensors = {f"{group}/{name}": v for group, values in what.tensors.items() for name, v in values.items()}
+        return {"schema": SCHEMA, "kind": "state", "fingerprint": what.fingerprint}, tensors
+    strategies = [what] if isinstance(what, Strategy) else list(what) if isinstance(what, Sequence) else []
+    if not strategies or not all(isinstance(s, Strategy) for s in strategies):
+        raise ConfigError(f"save takes strategies or an adapted model's state, got {what!r}.")
+    tensors = {f"{number}/{name}": v for number, s in enumerate(strategies) for name, v in s.tensors().items()}
+    configs = [s.to_dict() for s in strategies]
+    return {"schema": SCHEMA, "kind": "strategies", "strategies": configs}, tensors
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, with everything in it that `load` reads."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtefactError(f"{folder} holds no {MANIFEST}. Give a folder that ttr.save wrote.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{file} is damaged: {error}.") from None
+        raise ArtefactError(f"{file} is damaged: {error}. Save it again.") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise ArtefactError(f"{file} has schema {found!r}, this version reads {SCHEMA}. Save it again.")
-    needed = {"state": ("fingerprint",), "strategies": ("strategies",)}.get(manifest.get("kind", ""))
-    if needed is None or any(key not in manifest for key in needed):
-        raise ArtefactError(f"{file} lacks its content (kind {manifest.get('kind')!r}). Save it again.")
+    if manifest.get("sha256") != _digest(manifest):
+        raise ArtefactError(f"{file} was changed after it was written: its hash does not fit. Save it again.")
+    kind, configs = manifest.get("kind"), manifest.get("strategies")
+    if kind == "state":
+        fine = isinstance(manifest.get("fingerprint"), str)
+    else:
+        named = (isinstance(c, dict) and isinstance(c.get("strategy"), str) for c in configs or ())
+        fine = kind == "strategies" and isinstance(configs, list) and all(named)
+    if not fine or not re.fullmatch("[0-9a-f]{64}", str(manifest.get("tensors"))):
+        raise ArtefactError(f"{file} lacks its content (kind {kind!r}). Save it again.")
     return manifest
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 of everything in the manifest but itself."""
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_file(folder: Path, manifest: dict[str, Any]) -> Path:
+    return folder / f"tensors-{manifest['tensors'][:16]}.safetensors"
+
+
+def _only_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing, or what a kill during the first `save` left there."""
+    return folder.is_dir() and all(OURS.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write beside and move into place, so that a kill never leaves half a file under this name."""
+    draft = file.with_name(".draft")
+    draft.write_bytes(data)
+    draft.replace(file)

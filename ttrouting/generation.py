@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from ttrouting.endings import Endings
 from ttrouting.errors import ConfigError, UnsupportedCallError
 from ttrouting.plan import Plan
 from ttrouting.sites import NO_BEAMS
@@ -39,14 +40,14 @@ def option(model: Any, arguments: dict[str, Any], name: str, default: Any = None
     return default
 
 
-def stop_ids(model: Any, arguments: dict[str, Any]) -> tuple[int, ...]:
-    """Ids after which a sequence has ended: end-of-sequence ids and the padding written after them."""
-    found: list[int] = []
-    for name in ("eos_token_id", "pad_token_id"):
-        value = option(model, arguments, name)
-        if value is not None:
-            found += [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-    return tuple(dict.fromkeys(found))
+def find_endings(model: Any, arguments: dict[str, Any]) -> Endings:
+    """The ids by which `generate` ends and pads sequences; it pads with the first end-of-sequence id by default."""
+    eos = option(model, arguments, "eos_token_id")
+    if eos is None:  # then it pads nothing
+        return Endings()
+    found = torch.as_tensor(eos).flatten().tolist()
+    pad = option(model, arguments, "pad_token_id", found[0])
+    return Endings(tuple(found), int(pad))
 
 
 def check_model_call(model: Any) -> None:

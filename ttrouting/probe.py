@@ -18,7 +18,7 @@ from ttrouting.errors import UnsupportedModelError
 from ttrouting.interfaces import INTERFACES
 from ttrouting.patches import Patches
 from ttrouting.scoring import infer_weight_rule
-from ttrouting.sites import Candidate, Site
+from ttrouting.sites import Candidate, Site, expert_scale
 
 PROBE_TOKENS = 16
 TOPK = (torch.topk, torch.Tensor.topk)
@@ -41,6 +41,7 @@ class _Sighting:
     phase: str = "outside"  # outside | router | between
     ids: Tensor | None = None  # [N, K]
     weights: Tensor | None = None  # [N, K]
+    scale: Tensor | None = None  # [E]
     half_arithmetic: bool = False  # scores were computed in half precision
     upcast: str = "same"  # what fp32 logits do to the router's output: same | differs | fails
 
@@ -127,6 +128,7 @@ def _watch_block(candidate: Candidate, seen: _Sighting, patches: Patches) -> Non
             if seen.linears and seen.linears[-1].dtype in HALF:
                 last = len(seen.linears) - 1
                 seen.upcast = _after_upcast(lambda: original(*args, **kwargs), out, last)
+            seen.scale = expert_scale(candidate.router)
             found = interface.read_router_output(out, None)
             if found is not None:
                 seen.ids, seen.weights = found
@@ -216,10 +218,9 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
     real = int(getattr(candidate.experts, "num_experts", num_experts) or num_experts)
     skip = candidate.interface == "experts" and real < num_experts and int(ids.max()) < real
     exact = logits[:, :num_experts].double()
-    scale = getattr(candidate.router, "per_expert_scale", None)
     plain = weights.double()
-    if scale is not None:
-        plain = plain / scale.detach().double().to(ids.device)[ids]
+    if seen.scale is not None:
+        plain = plain / seen.scale.detach().double().to(ids.device)[ids]
     half = native in HALF or weights.dtype in HALF
     rule = infer_weight_rule(
         exact, choice.double() if topk_in != "logits" else None, ids, plain, 0.05 if half else 1e-3

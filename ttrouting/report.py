@@ -16,7 +16,7 @@ class SequenceReport:
     """One sequence.
 
     Attributes:
-        prompt_tokens, new_tokens: counts without padding.
+        prompt_tokens, new_tokens: counts without padding and without the token that ends the sequence.
         strategies: by strategy name, what it did (loss before and after, accepted or the reason why not,
             layers adapted, experts gained and lost ...).
         experts_per_token: mean number of experts that ran for a token, over layers.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttrouting.context import Context
+from ttrouting.endings import Endings
 from ttrouting.errors import CoverageError, ModelBusy
 from ttrouting.patches import Patches
 from ttrouting.rows import Rows, make_rows
@@ -24,6 +25,7 @@ from ttrouting.taps import Call, SiteTap
 if TYPE_CHECKING:
     from ttrouting.plan import Plan
 
+NO_ENDINGS = Endings()
 Observer = Callable[[Site, Call, Tensor, Tensor, Rows], None]
 
 
@@ -38,7 +40,7 @@ class Session:
         observers: called after each selection; they look and do not touch.
     """
 
-    def __init__(self, plan: Plan, mask: Tensor, keys: Tensor, stop_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, plan: Plan, mask: Tensor, keys: Tensor, endings: Endings = NO_ENDINGS) -> None:
         self.plan = plan
         self.model = plan.target.model
         self.sites = plan.target.sites
@@ -53,8 +55,9 @@ class Session:
         self.edits_selection: list[RoutingRun] = []
         self.cache: Any = None
         self._mask = mask  # [B, T] bool, the prompt's real tokens
-        self._ended = torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
-        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=mask.device)
+        self.endings = endings
+        self._over = torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)  # [B] an end was read
+        self._live = ~self._over  # [B] the last token read was text
         self._cursor = 0
         self._expected = 0
         # tensors, not ints: a compiled forward would specialise on the number
@@ -152,11 +155,13 @@ class Session:
         if beyond == 0:
             return inside, start
         later = torch.ones(batch, beyond, dtype=torch.bool, device=mask.device)
-        if tokens is not None and self.stop_ids.numel():
-            ended = self._ended if self._ended.shape[0] == batch else self._ended.new_zeros(batch)
-            stops = torch.isin(tokens[:, -beyond:].to(mask.device), self.stop_ids)
-            later = ~(ended[:, None] | (stops.cumsum(1) > 0))
-            self._ended = ~later[:, -1]
+        if tokens is not None:
+            new = tokens[:, -beyond:].to(mask.device)
+            over = self.endings.over(new)  # [batch, beyond]
+            if begin >= prompt and self._over.shape[0] == batch:  # else the text is read from its start
+                over |= self._over[:, None]
+            later = ~(over | self.endings.padding(new))
+            self._over, self._live = over[:, -1], later[:, -1]
         return torch.cat([inside, later], 1), start
 
     def _run(self, forward: Callable[..., Any], rows: Rows, kwargs: dict[str, Any]) -> Any:
@@ -214,7 +219,8 @@ class Session:
         self.sequences *= repeats
         self.keys = self.keys.repeat_interleave(repeats)
         self._mask = self._mask.repeat_interleave(repeats, 0)
-        self._ended = self._ended.repeat_interleave(repeats)
+        self._over = self._over.repeat_interleave(repeats)
+        self._live = self._live.repeat_interleave(repeats)
         for run in self.runs:
             run.expand(repeats)
 
@@ -226,12 +232,11 @@ class Session:
     @property
     def live(self) -> Tensor:
         """`[B]` bool: sequences that had not ended at the last forward."""
-        return ~self._ended
+        return self._live
 
     def ended(self, ids: Tensor) -> Tensor:
-        """`[B]` bool: sequences of the text so far, `ids [B, T]`, that have met a stop id after the prompt."""
-        new = ids[:, self._mask.shape[1] :].to(self.stop_ids.device)
-        return torch.isin(new, self.stop_ids).any(1)
+        """`[B]` bool: sequences that are at their end in the text so far, `ids [B, T]`."""
+        return self.endings.outside(ids[:, self._mask.shape[1] :])[:, -1]
 
     # --- coverage -------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttrouting.errors import NotMoEError, UnsupportedModelError
+from ttrouting.offload import check_loaded, resident
 from ttrouting.scoring import WeightRule
 
 ROUTER_NAMES = ("router", "gate")
@@ -33,7 +34,7 @@ MODEL_LIMITS = {
     "minimax": (NO_BEAMS,),
     "deepseek_v4": ("left padding changes its compressed attention upstream: give prompts of one length",),
     "openai_privacy_filter": ("not causal: forwards only, no generate and no rerouting",),
-    "ernie4_5_vl_moe": ("text only: tokens of pictures have experts of their own and lose their rows",),
+    "ernie4_5_vl_moe_text": ("text only: tokens of pictures have experts of their own and lose their rows",),
 }
 
 
@@ -98,7 +99,12 @@ class Site:
     @property
     def expert_scale(self) -> Tensor | None:
         """`[E]` a learned factor on each expert's weight (Gemma 4), or None."""
-        return getattr(self.router, "per_expert_scale", None)
+        return expert_scale(self.router)
+
+
+def expert_scale(router: nn.Module) -> Tensor | None:
+    """`[E]` a learned factor on each expert's weight (Gemma 4), or None."""
+    return resident(router, "per_expert_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +143,8 @@ def find_sites(model: nn.Module) -> list[Site]:
 
     Raises:
         NotMoEError: no MoE layer was found; the message says what was searched.
-        UnsupportedModelError: the family cannot be adapted, or a router is bypassed by a fused kernel.
+        UnsupportedModelError: the family cannot be adapted, a router is bypassed by a fused kernel, or weights
+            are not loaded.
     """
     from ttrouting.probe import probe_sites
 
@@ -162,5 +169,6 @@ def find_sites(model: nn.Module) -> list[Site]:
         )
     text = getattr(config, "get_text_config", lambda: config)()
     limits = {limit for c in (config, text) for limit in MODEL_LIMITS.get(getattr(c, "model_type", ""), ())}
+    check_loaded(model)
     sites = probe_sites(model, found)
     return [replace(site, limits=(*site.limits, *sorted(limits))) for site in sites] if limits else sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -77,10 +78,14 @@ def _assistant_pattern(tokenizer: Any) -> re.Pattern[str]:
     roles = ("user", "assistant", "user")
     turns = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    before = text.split(_MARKS[0])[1].split(_MARKS[1])[0]
-    after = text.split(_MARKS[1])[1].split(_MARKS[2])[0]
-    if not before or not after:
+    before = text.split(_MARKS[0])[-1].split(_MARKS[1])[0]
+    after = text.split(_MARKS[1])[-1].split(_MARKS[2])[0]
+    # what closes a reply whatever follows it: the text may end there, or a tool may speak next
+    closed = tokenizer.apply_chat_template(turns[:2], tokenize=False).split(_MARKS[1])[-1]
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(after, closed, strict=False))
+    after = "".join(letter for letter, _ in shared).rstrip() or after
+    if not before or not after or any(mark not in text for mark in _MARKS):
         raise ConfigError(
             "The chat template does not separate turns, so loss_on='assistant' cannot find them. Use a pattern."
         )
-    return re.compile(f"{re.escape(before)}(.*?)(?={re.escape(after)}|$)", re.DOTALL)
+    return re.compile(rf"{re.escape(before)}(.*?)(?={re.escape(after)}|\Z)", re.DOTALL)

@@ -9,21 +9,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ttrouting.offload import blocks_loaded, resident
 from ttrouting.sites import Site
 
 
-def _resident(module: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
-    """A parameter's values, also while accelerate keeps them on the CPU or on disk."""
-    if not tensor.is_meta:
-        return tensor.detach()
-    hook = getattr(module, "_hf_hook", None)
-    weights = getattr(hook, "weights_map", None)
-    if weights is None:
-        return None
-    value = weights[name]
-    return value.detach() if isinstance(value, Tensor) else None
+def _bytes(value: Tensor) -> bytes:
+    """Values as bf16, so that neither dtype nor device matters."""
+    if is_traceable_wrapper_subclass(value):  # a quantised weight
+        value = value.dequantize()
+    return value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +51,9 @@ class Target:
         }
         digest.update(json.dumps(head, sort_keys=True).encode())
         for site in self.sites:
-            for path, module in site.router.named_modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    value = _resident(module, name, parameter)
-                    digest.update(f"{path}.{name}".encode())
-                    if value is not None:
-                        raw = value.to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-                        digest.update(raw.numpy().tobytes())
+            with blocks_loaded(self.model, site.router):
+                for path, module in site.router.named_modules():
+                    for name, _ in module.named_parameters(recurse=False):
+                        digest.update(f"{path}.{name}".encode())
+                        digest.update(_bytes(resident(module, name)))
         return digest.hexdigest()

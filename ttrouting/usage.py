@@ -83,18 +83,17 @@ class UsageMeter:
         """The report of a finished call. `sequences [R, T']` are the returned ids, `rows` theirs in the session."""
         session = self.session
         copies = sequences.shape[0] // prompt.ids.shape[0]
-        ended = torch.isin(sequences[:, prompt.ids.shape[1] :].cpu(), session.stop_ids.cpu())
+        inside = ~session.endings.outside(sequences[:, prompt.ids.shape[1] :])  # [R, T' - T]
         entries = []
         for i, row in enumerate(rows):
             per_layer = self.per_layer(row)
-            new = int((ended[i].cumsum(0) == 0).sum())
             facts = {run.strategy.name: run.report(row) for run in session.runs}
             if session.decoding is not None:
                 facts[session.decoding.strategy.name] = session.decoding.report(row)
             entries.append(
                 SequenceReport(
                     prompt_tokens=int(prompt.mask[i // copies].sum()),
-                    new_tokens=new,
+                    new_tokens=int(inside[i].sum()),
                     strategies=facts,
                     experts_per_token=sum(per_layer) / len(per_layer),
                     experts_per_layer=per_layer,

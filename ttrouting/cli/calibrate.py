@@ -11,7 +11,7 @@ import typer
 import ttrouting as ttr
 from ttrouting.artefacts import MANIFEST
 from ttrouting.cli.generate import versions
-from ttrouting.cli.models import POCKET, load_model
+from ttrouting.cli.models import POCKET, downloads, load_model
 from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Escapes, Files, Json, ModelName, Settings
 from ttrouting.cli.output import Output
 from ttrouting.cli.settings import read_settings, typed_options
@@ -24,11 +24,12 @@ POCKET_TEXTS = 2  # solved questions of each trained skill and dialect
 
 
 def command(
+    *,
     texts: Annotated[
         list[str] | None,
         typer.Argument(help="Texts to calibrate on; '-' reads one from stdin.", show_default=False),
     ] = None,
-    mean_k: Annotated[float, typer.Option("--mean-k", help="Wanted experts per token, mean over layers.")] = ...,  # type: ignore[assignment]
+    mean_k: Annotated[float, typer.Option("--mean-k", help="Wanted experts per token, mean over layers.")],
     rule: Annotated[str, typer.Option(help="top_p, relative, sensitivity or entropy.")] = "top_p",
     tolerance: Annotated[float, typer.Option(min=1e-6, help="Largest distance from the wanted mean.")] = 0.02,
     settings: Settings = None,
@@ -58,7 +59,7 @@ def command(
         if model != POCKET:
             raise ConfigError("No text to calibrate on. Give texts as arguments, with --file, or '-' for stdin.")
         given = pocket_texts()
-    if out is not None and out.exists() and not (out / MANIFEST).is_file():
+    if out is not None and out.exists() and not (out / MANIFEST).is_file() and (out.is_file() or any(out.iterdir())):
         # `save` would refuse as well, but only after the work
         raise ArtefactError(f"{out} exists and was not written by ttr.save. Choose another path for --out.")
     options = read_settings(settings or [])
@@ -69,7 +70,7 @@ def command(
     typed = typed_options(kind, options.get(kind.name, {}))
     if "rule" in typed:
         rule = typed.pop("rule")
-    with output.waiting(f"loading {model}") as say:
+    with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
         say(f"looking for the threshold on {len(given)} texts")
         found = ttr.calibrate(loaded, tokenizer, given, mean_k, rule, tolerance, **typed)
@@ -79,7 +80,7 @@ def command(
     knob = {"relative": "beta", "sensitivity": "threshold"}.get(rule, "p")
     output.text(
         f"dynamic_k.rule={rule}  dynamic_k.{knob}={getattr(found, knob):.6g}\n"
-        f"experts per token {seen.mean_k:.3f} (asked for {mean_k:g}) over {seen.tokens} tokens in {len(given)} texts\n"
+        f"experts per token {seen.mean_k:.3f}, asked for {mean_k:g}: {seen.tokens} tokens in {len(given)} texts\n"
         f"next-token KL from the model itself: mean {seen.kl:.4f} nats, 95th percentile {seen.kl_high:.4f}"
     )
     if out is not None:

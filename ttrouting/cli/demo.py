@@ -15,13 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ttrouting.cli.generate import versions
-from ttrouting.cli.models import POCKET, load_model
+from ttrouting.cli.models import POCKET, downloads, load_model
 from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Json, ModelName
 from ttrouting.cli.output import Output
 from ttrouting.cli.paired import Paired, exact_interval
 from ttrouting.cli.trial import Answers, QuestionSet, answer
 from ttrouting.registry import get_strategy
-from ttrouting.strategy import Strategy
 
 # Skill and dialect. The first two never stood together in the training text, the last did.
 SETS = (("reverse", "letters"), ("subtract", "letters"), ("add", "letters"))
@@ -53,7 +52,7 @@ def command(
     began = perf_counter()
     output = Output(as_json)
     ways = {name: tuple(get_strategy(kind)(**options) for kind, options in way) for name, way in WAYS.items()}
-    with output.waiting(f"loading {model}") as say:
+    with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
     output.show(Text(f"{type(loaded).__name__} ({model}): each question follows {SHOTS} solved examples,", "bold"))
     output.show(Text("and routing is adapted on those examples alone. No weight changes.", "bold"))
@@ -140,10 +139,10 @@ def _verdict(paired: Paired, comparisons: int) -> str:
 
 def _fine_print(comparisons: int) -> str:
     return (
-        "won, lost: questions that only the adapted model, only the base answered. p: exact McNemar test, two-sided.\n"
+        "won, lost: questions that only the adapted model, only the base got right. p: exact McNemar test.\n"
         f"'better' and 'worse' need p < {0.05 / comparisons:.2g}: 5 % over all {comparisons} comparisons together. "
         "95 %: exact interval (Clopper-Pearson).\n"
-        "This model is a fixture of a few million weights. It says how the machinery works, nothing about real models."
+        "The pocket model is a fixture: this shows how the machinery works and says nothing about real models."
     )
 
 

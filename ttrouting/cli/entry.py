@@ -6,6 +6,7 @@ the call cannot be adapted; 130 interrupted.
 
 from __future__ import annotations
 
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from None
         except TTRoutingError as error:
             if ctx.meta.get(DEBUG):
-                raise
+                traceback.print_exc()
             Output().error(str(error))
             raise typer.Exit(2 if isinstance(error, ASKED_WRONG) else 1) from None
 

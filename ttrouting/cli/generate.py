@@ -9,7 +9,7 @@ import transformers
 import typer
 
 import ttrouting as ttr
-from ttrouting.cli.models import POCKET, encode, load_model
+from ttrouting.cli.models import POCKET, downloads, encode, load_model
 from ttrouting.cli.options import (
     Adapt,
     Debug,
@@ -64,7 +64,7 @@ def command(
     if not texts:
         raise ConfigError("No prompt. Give one as an argument, with --file, or '-' to read it from stdin.")
     strategies = make_strategies(adapt or [], settings or [], load or [])
-    with output.waiting(f"loading {model}") as say:
+    with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
         inputs = encode(loaded, tokenizer, *_templated(tokenizer, texts, chat))
         options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}

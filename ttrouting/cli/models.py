@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from ttrouting.errors import ConfigError, TTRoutingError
 from ttrouting.pocket import PocketWeightsMissing, load_pocket
@@ -36,19 +39,45 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     place = find_device(device)
     if name == POCKET:
         try:
-            return load_pocket(wanted, "cpu" if place == "auto" else place)
+            with _bars(False):
+                return load_pocket(wanted, "cpu" if place == "auto" else place)
         except PocketWeightsMissing as error:
             raise ModelLoadError(f"{error}. Or name another model with --model.") from None
     source, local = _source(name)
     try:
-        # the tokenizer first: it is small, and its absence is known before gigabytes are read
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted or "auto", device_map="auto" if place == "auto" else {"": place}
-        )
+        with _bars(downloads(name)):
+            # the tokenizer first: it is small, and its absence is known before gigabytes are read.
+            # `trust_remote_code` is said because transformers would ask on a terminal
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=wanted or "auto",
+                device_map="auto" if place == "auto" else {"": place},
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, ImportError, SafetensorError, torch.OutOfMemoryError) as error:
         raise ModelLoadError(_explain(name, local, error)) from error
     return model.eval(), tokenizer
+
+
+def downloads(name: str) -> bool:
+    """Whether loading may fetch files from the hub, which then draws progress bars of its own."""
+    if name == POCKET or hub.HF_HUB_OFFLINE or _is_path(name):
+        return False
+    return not isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """With or without the progress bars of transformers, which would fight with ours for the line."""
+    before = logging.is_progress_bar_enabled()
+    if before and not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before and not shown:
+            logging.enable_progress_bar()
 
 
 def find_device(device: str) -> str:
@@ -83,11 +112,16 @@ def _source(name: str) -> tuple[str, bool]:
         return str(path), True
     if path.exists():
         raise ModelLoadError(f"{name} is a file. Give the folder that save_pretrained wrote, not a file in it.")
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+    if _is_path(name):
         raise ModelLoadError(
             f"There is no folder {name}. Give a folder, a hub name such as org/model, or {POCKET!r}."
         )
     return name, False
+
+
+def _is_path(name: str) -> bool:
+    """Whether this can only be a path: hub names are `name` or `org/name`."""
+    return Path(name).expanduser().exists() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is None
 
 
 def _explain(name: str, local: bool, error: Exception) -> str:
@@ -107,7 +141,8 @@ def _explain(name: str, local: bool, error: Exception) -> str:
             f"Cannot load {name}: {_first_line(text)} Check the name and the connection, log in for a gated model "
             f"(hf auth login), give a folder, or use --model {POCKET}."
         )
-    return f"Cannot load {name}: {_first_line(text)} A causal language model of transformers with its tokenizer is needed."
+    kind = "a causal language model of transformers and its tokenizer"
+    return f"Cannot load {name}: {_first_line(text)} What is needed is {kind}."
 
 
 def _first_line(text: str) -> str:

@@ -36,9 +36,9 @@ class Output:
         return ("✓", "✗") if self._results.encoding.lower().startswith("utf") else ("+", "-")
 
     def text(self, text: str) -> None:
-        """A result as it is: no wrapping, no markup."""
+        """A result as it is, ended by one line end: no wrapping, no markup."""
         if not self.as_json:
-            self._results.out(text, highlight=False)
+            self._results.out(text.removesuffix("\n"), highlight=False)
 
     def show(self, *what: RenderableType) -> None:
         """Results for people: tables, headings."""
@@ -52,7 +52,10 @@ class Output:
 
     def note(self, what: RenderableType) -> None:
         """A word beside the result."""
-        self._notes.print(Text(what, style="dim") if isinstance(what, str) else what, soft_wrap=True)
+        if isinstance(what, str):
+            self._notes.print(Text(what, style="dim"), soft_wrap=True)
+        else:
+            self._notes.print(what)
 
     def error(self, message: str) -> None:
         """One line that says what was wrong."""
@@ -60,8 +63,16 @@ class Output:
         self._notes.print(line.append(" ".join(message.split()), style="default"), soft_wrap=True)
 
     @contextmanager
-    def waiting(self, label: str) -> Iterator[Callable[[str], None]]:
-        """Say what is going on if it takes more than two seconds; the value sets another label."""
+    def waiting(self, label: str, own_bars: bool = False) -> Iterator[Callable[[str], None]]:
+        """Say what is going on if it takes more than two seconds; the value sets another label.
+
+        Args:
+            own_bars: the work draws progress bars itself, so lines are written at once and nothing spins.
+        """
+        if own_bars:
+            self.note(f"{label} ...")
+            yield lambda text: self.note(f"{text} ...")
+            return
         status = self._notes.status(Text(label))
         lock, started, said = Lock(), False, label
 

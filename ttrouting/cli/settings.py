@@ -36,7 +36,7 @@ def make_strategies(
         saved += found
     kinds = [get_strategy(name) for names in adapt for name in names.split(",") if name.strip()]
     options = read_settings(settings)
-    known = [s.name for s in (*saved, *kinds)]
+    known = [s.name for s in saved] + [kind.name for kind in kinds]
     for name in options:
         get_strategy(name)  # a misspelt name is told as such
         if name not in known:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ttrouting.cli.models import POCKET, load_model
+from ttrouting.cli.models import POCKET, downloads, load_model
 from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Json, ModelName
 from ttrouting.cli.output import Output
 from ttrouting.sites import Site, find_sites
@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Show the MoE layers of a model: experts, scoring, and what cannot be adapted in them."""
     output = Output(as_json)
-    with output.waiting(f"loading {model}") as say:
+    with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, _ = load_model(model, dtype.value, device)
         say("looking for MoE layers")
         found = find_sites(loaded)

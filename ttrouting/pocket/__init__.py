@@ -6,11 +6,13 @@ is `weights/README.md`; what it can be asked is in `ttrouting.pocket.skills`.
 
     >>> model, tokenizer = load_pocket()
 
-Importing this module costs nothing: torch and transformers are imported by `load_pocket`.
+Importing this module is cheap: torch and transformers are imported by `load_pocket`.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ttrouting.errors import TTRoutingError
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ POCKET_DIR = Path(__file__).parent / "weights"
 __all__ = ["POCKET_DIR", "PocketWeightsMissing", "load_pocket"]
 
 
-class PocketWeightsMissing(FileNotFoundError):
+class PocketWeightsMissing(TTRoutingError, FileNotFoundError):
     """The folder of the pocket model lacks a file that is needed to load it."""
 
 

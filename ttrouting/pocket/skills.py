@@ -40,6 +40,7 @@ class Skill:
         generate: draws one canonical `(question, answer)`.
         trained_dialects: dialects that appear in the training text for this skill.
         weight: how often each trained dialect of the skill is drawn, relative to the other skills.
+        late_weight: the same in the last third of training, which goes to what is learned slowly.
         about: one line for the model card.
     """
 
@@ -47,6 +48,7 @@ class Skill:
     generate: Generator
     trained_dialects: tuple[str, ...]
     weight: float
+    late_weight: float
     about: str
 
 
@@ -192,20 +194,20 @@ _BOTH, _ONE = DIALECTS, ("digits",)
 SKILLS: dict[str, Skill] = {
     skill.name: skill
     for skill in (
-        Skill("add", _add, _BOTH, 1.5, "sum of two numbers"),
-        Skill("word", _word, _BOTH, 1.5, "word problem, two worked steps"),
-        Skill("sort", _sort, _BOTH, 1.0, "five digits in ascending order"),
-        Skill("maximum", _maximum, _BOTH, 1.0, "largest of three numbers"),
-        Skill("logic", _logic, _BOTH, 1.0, "two comparisons joined by AND or OR"),
-        Skill("time", _time, _BOTH, 2.0, "time of day after some minutes"),
-        Skill("program", _program, _BOTH, 1.5, "trace of a three-statement program"),
-        Skill("subtract", _subtract, _ONE, 2.5, "difference of two numbers"),
-        Skill("reverse", _reverse, _ONE, 1.5, "five digits in reversed order"),
-        Skill("count", _count, _ONE, 1.5, "how often a digit is in a list"),
-        Skill("minimum", _minimum, _ONE, 1.5, "smallest of three numbers"),
-        Skill("units", _units, _ONE, 1.5, "metres to centimetres, kilograms to grams"),
-        Skill("lookup", _lookup, _ONE, 1.5, "value of a key in a given table"),
-        Skill("sequence", _sequence, _ONE, 2.5, "next term of an arithmetic sequence"),
+        Skill("add", _add, _BOTH, 1.5, 2.0, "sum of two numbers"),
+        Skill("word", _word, _BOTH, 1.5, 2.5, "word problem, two worked steps"),
+        Skill("sort", _sort, _BOTH, 1.0, 0.3, "five digits in ascending order"),
+        Skill("maximum", _maximum, _BOTH, 1.0, 0.3, "largest of three numbers"),
+        Skill("logic", _logic, _BOTH, 1.0, 3.0, "two comparisons joined by AND or OR"),
+        Skill("time", _time, _BOTH, 2.0, 1.0, "time of day after some minutes"),
+        Skill("program", _program, _BOTH, 1.5, 1.5, "trace of a three-statement program"),
+        Skill("subtract", _subtract, _ONE, 2.5, 3.0, "difference of two numbers"),
+        Skill("reverse", _reverse, _ONE, 1.5, 0.4, "five digits in reversed order"),
+        Skill("count", _count, _ONE, 1.5, 3.0, "how often a digit is in a list"),
+        Skill("minimum", _minimum, _ONE, 1.5, 0.8, "smallest of three numbers"),
+        Skill("units", _units, _ONE, 1.5, 0.5, "metres to centimetres, kilograms to grams"),
+        Skill("lookup", _lookup, _ONE, 1.5, 3.0, "value of a key in a given table"),
+        Skill("sequence", _sequence, _ONE, 2.5, 3.0, "next term of an arithmetic sequence"),
     )
 }
 
