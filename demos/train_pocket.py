@@ -35,6 +35,7 @@ SHORT, LONG = 64, 320  # tokens in a row: one or two examples; a context with ab
 TOKENS_PER_STEP = 4096
 LONG_SHARE = 0.35  # of the steps
 LATE = 2400  # from this step on skills are drawn by their late weight
+EARLY_HORIZON = 3600  # the cosine's end before LATE; at LATE the rate rises to the full run's cosine
 STEPS, LR = 4600, 2.5e-3
 EVAL_SEED, SHOTS = 1234, 6
 
@@ -155,8 +156,13 @@ def step_loss(model: OlmoeForCausalLM, ids: torch.Tensor, weights: torch.Tensor)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then a cosine down to one twentieth of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    """Linear warm-up over 100 steps, then a cosine down to one twentieth of the peak.
+
+    Before LATE the cosine aims at EARLY_HORIZON, from LATE on at `steps`: a small warm restart, as
+    the shipped weights had it.
+    """
+    horizon = EARLY_HORIZON if step < LATE else steps
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / horizon)))
     return peak * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * cosine)
 
 
@@ -258,6 +264,8 @@ def facts(args: argparse.Namespace, parameters: int) -> dict[str, object]:
         "long_share": LONG_SHARE,
         "answer_weight": ANSWER_WEIGHT,
         "lr": args.lr,
+        "late": LATE,
+        "horizon": EARLY_HORIZON,
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
         "n": args.n,

@@ -22,8 +22,8 @@ from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of, same_model
 from ttrouting.taps import Call
-from ttrouting.usage import UsageMeter
 from ttrouting.target import Target
+from ttrouting.usage import UsageMeter
 
 RULES = ("top_p", "relative", "sensitivity", "entropy")
 DEFAULT_P = {"top_p": 0.8, "entropy": 0.75}

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families.build import build
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+
+from families.build import build
 
 State = dict[str, Any]
 
@@ -101,8 +102,9 @@ def _state(model: nn.Module) -> State:
         "grad": torch.is_grad_enabled(),
         "config": json.dumps(model.config.to_dict(), sort_keys=True, default=str),
         "implementations": (model.config._attn_implementation, model.config._experts_implementation),
-        "generation_config": json.dumps(model.generation_config.to_dict(), sort_keys=True, default=str),
     }
+    if hasattr(model, "generation_config"):
+        state["generation_config"] = json.dumps(model.generation_config.to_dict(), sort_keys=True, default=str)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         state[f"tensor {name}"] = (
             _sha(tensor),

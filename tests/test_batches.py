@@ -4,25 +4,25 @@ import contextlib
 
 import pytest
 import torch
-from families.build import build
-from oracles.double import InDouble
 
 import ttrouting as ttr
+from families.build import build
+from oracles.double import InDouble
 
 L, E = 4, 8
 NEW = 9
 STRATEGIES = {
     # re-adapts twice within the new tokens
-    "rerouting": lambda: [ttr.Rerouting(interval=4, lr=0.2, layers="all")],
-    "rerouting-by-confidence": lambda: [ttr.Rerouting(interval=4, lr=0.2, layers="highest:0.5")],
-    "rerouting-random-layers": lambda: [ttr.Rerouting(lr=0.2, layers="random:0.5")],
+    "rerouting": lambda: [ttr.Rerouting(interval=4, lr=0.1, layers="all")],
+    "rerouting-by-confidence": lambda: [ttr.Rerouting(interval=4, lr=0.1, layers="highest:0.5")],
+    "rerouting-random-layers": lambda: [ttr.Rerouting(lr=0.1, layers="random:0.5")],
     "scmoe-rank": lambda: [ttr.SCMoE(beta=0.9)],
     "scmoe-random": lambda: [ttr.SCMoE(weak="random", beta=0.9)],
     "dynamic_k": lambda: [ttr.DynamicK(p=0.5)],
     "dynamic_k-entropy": lambda: [ttr.DynamicK(rule="entropy", tau=0.6, p=0.5)],
     "expert_mask": lambda: [ttr.ExpertMask(mask=torch.arange(E).expand(L, E) < 5)],
     "all": lambda: [
-        ttr.Rerouting(interval=4, lr=0.2, layers="all"),
+        ttr.Rerouting(interval=4, lr=0.1, layers="all"),
         ttr.DynamicK(p=0.6),
         ttr.ExpertMask(mask=torch.arange(E).expand(L, E) < 6),
         ttr.SCMoE(weak="random"),
@@ -115,14 +115,12 @@ def test_other_families(prompts, family, name):
         assert_batch_equals_rows(model, STRATEGIES[name](), prompts(26, 19), atol=1e-8)
 
 
-def chosen_experts(model, seen):
-    """Note `(ids, weights)` on their way into every experts module. Shares nothing with the taps."""
+def watch_experts(model, seen):
+    """Note the `(ids, weights)` that every experts module really ran with: a forward hook sees edited arguments."""
     stack = contextlib.ExitStack()
     for name, module in model.named_modules():
         if name.endswith(".experts"):
-            handle = module.register_forward_pre_hook(
-                lambda m, args, name=name: seen.append((name, args[1], args[2]))
-            )
+            handle = module.register_forward_hook(lambda _module, args, _out: seen.append((args[1], args[2])))
             stack.callback(handle.remove)
     return stack
 
@@ -135,16 +133,16 @@ def test_in_fp32_nearly_every_token_takes_the_same_route(olmoe, prompts):
     with ttr.adapt(olmoe, strategy, no_harm=False) as adapted:
         adapted.generate(ids, attention_mask=mask.long(), max_new_tokens=1, do_sample=False)
         together, state = [], adapted.state
-        with chosen_experts(olmoe, together):
+        with watch_experts(olmoe, together):
             adapted(input_ids=ids, attention_mask=mask.long(), state=state)
         same = total = 0
         for row in range(3):
             alone = []
             one = ids[row][mask[row]][None]
             adapted.generate(one, max_new_tokens=1, do_sample=False)
-            with chosen_experts(olmoe, alone):
+            with watch_experts(olmoe, alone):
                 adapted(input_ids=one, state=adapted.state)
-            for (_, a, _), (_, b, _) in zip(together, alone, strict=True):
+            for (a, _), (b, _) in zip(together, alone, strict=True):
                 batch = a.view(3, 40, -1)[row, mask[row]].sort(-1).values
                 same += int((batch == b.sort(-1).values).all(-1).sum())
                 total += len(b)
@@ -155,20 +153,17 @@ def test_in_fp32_nearly_every_token_takes_the_same_route(olmoe, prompts):
 def test_a_row_that_is_rolled_back_keeps_the_bits_of_the_base_model(olmoe, prompts):
     """Beside adapted neighbours. Experts one by one: a grouped product may round by the size of its groups."""
     olmoe.set_experts_implementation("batched_mm")
-    ids = prompts(40, 40, 40, seed=3)
+    ids = prompts(40, 40, 40)
     few = torch.ones_like(ids)
-    few[1, 15:] = 0  # fourteen loss tokens: the second row is not adapted
+    few[1, 15:] = 0  # fourteen loss tokens, too few; the third row is rolled back by its held-back loss
     options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     base = olmoe.generate(ids, **options)
-    strategy = ttr.Rerouting(lr=2.0, layers="all", interval=None, kl_limit=1e9)
-    with ttr.adapt(olmoe, strategy, no_harm=True) as adapted:
+    with ttr.adapt(olmoe, ttr.Rerouting(layers="all", interval=None), no_harm=True) as adapted:
         out = adapted.generate(ids, loss_mask=few, **options)
         outcomes = [s.strategies["rerouting"]["outcome"] for s in adapted.report.sequences]
         delta = adapted.state.tensors["rerouting"]["delta"]
-    kept = [i for i, outcome in enumerate(outcomes) if outcome != "accepted"]
-    assert 1 in kept
-    assert len(kept) < 3, outcomes
-    moved = [i for i in range(3) if i not in kept]
+    assert [outcome.split(":")[0] for outcome in outcomes] == ["accepted", "skipped", "rolled back"]
+    moved, kept = [0], [1, 2]
     for mine, own in zip(out.logits, base.logits, strict=True):
         assert torch.equal(mine[kept], own[kept])
     assert not torch.equal(out.logits[0][moved], base.logits[0][moved])
@@ -198,13 +193,12 @@ def test_rolled_back_for_every_row_the_whole_call_is_the_base_model(olmoe, promp
 
 
 def test_an_ended_sequence_stops_adapting_and_counting(olmoe64, prompts):
-    ids = prompts(30, 30)
+    ids = prompts(30, 30, seed=1)
     strategies = [ttr.Rerouting(interval=4, lr=0.2, layers="all"), ttr.DynamicK(p=0.6)]
     with ttr.adapt(olmoe64, strategies, no_harm=False) as adapted:
         free = adapted.generate(ids, max_new_tokens=16, do_sample=False)[:, 30:]
         early = int(free[0, 5])  # after one interval, before the second
-        assert early not in free[0, :5].tolist()
-        assert early not in free[1].tolist()
+        assert early not in (*free[0, :5].tolist(), *free[1].tolist()), "choose another seed"
         short = adapted.generate(ids, max_new_tokens=6, do_sample=False)
         until = adapted.state.tensors["rerouting"]["delta"]
         used = [s.experts_per_layer for s in adapted.report.sequences]
@@ -225,16 +219,20 @@ def test_an_ended_sequence_stops_adapting_and_counting(olmoe64, prompts):
         assert adapted.report.sequences[0].experts_per_layer == pytest.approx(first.experts_per_layer)
 
 
-def test_the_mean_of_experts_is_that_of_prompt_and_decoded_tokens(olmoe64, prompts):
-    """Counted by hooks on the experts, with the forwards of adaptations told apart by their gradient or length."""
+def test_the_mean_of_experts_is_that_of_real_tokens(olmoe64, prompts):
     ids = prompts(20, 13)
+    mask = ids != 0
     seen = []
-    with ttr.adapt(olmoe64, ttr.DynamicK(p=0.5)) as adapted, chosen_experts(olmoe64, seen):
-        # these hooks run before those of the taps, so weights are read from the outputs of a run of their own
-        adapted.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=4, do_sample=False)
+    with ttr.adapt(olmoe64, ttr.DynamicK(p=0.5)) as adapted, watch_experts(olmoe64, seen):
+        adapted.generate(ids, attention_mask=mask.long(), max_new_tokens=4, do_sample=False)
         report = adapted.report
-    assert [len(args[1]) for args in seen[::4]] == [40, 2, 2, 2]
-    assert all(1 <= s.experts_per_token < 3 for s in report.sequences)
+    assert [len(weights) for _, weights in seen[::L]] == [40, 2, 2, 2]
+    for row, sequence in enumerate(report.sequences):
+        for layer in range(L):
+            prompt, *steps = (weights.view(2, -1, 3)[row] != 0 for _, weights in seen[layer::L])
+            kept = torch.cat([prompt[mask[row]], *steps]).sum(-1).double()
+            assert sequence.experts_per_layer[layer] == pytest.approx(float(kept.mean()))
+            assert len(kept) == (20, 13)[row] + 3
 
 
 def test_padding_that_a_model_emits_itself_does_not_end_a_sequence(olmoe, prompts):
@@ -243,7 +241,8 @@ def test_padding_that_a_model_emits_itself_does_not_end_a_sequence(olmoe, prompt
     strategy = ttr.Rerouting(interval=2, layers="all", lr=1e-9)
     with ttr.adapt(olmoe, strategy, no_harm=False) as adapted:
         emitted = int(adapted.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
-        adapted.generate(ids, max_new_tokens=7, do_sample=False, pad_token_id=emitted)
+        mask = torch.ones_like(ids)
+        adapted.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=emitted)
         (sequence,) = adapted.report.sequences
     assert sequence.new_tokens == 7
     assert [p["tokens"] for p in sequence.strategies["rerouting"]["adaptations"]] == [30, 32, 34, 36]

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from families.build import build
 from scipy.stats import binomtest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import ttrouting as ttr
+from families.build import build
 from ttrouting.cli import app, demo
 from ttrouting.cli.models import ModelLoadError, encode, find_device, load_model
 from ttrouting.cli.output import Output, plain
@@ -44,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return str(path)
 
 
-def run(*arguments: str, stdin: str | None = None) -> Result:
+def run(*arguments: str, stdin: str | None = None) -> Any:
     """The command in this process; stdout and stderr apart. A bug is raised, not printed."""
     done = CliRunner().invoke(app, arguments, input=stdin)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -123,19 +122,20 @@ def test_without_a_strategy_it_is_the_model(folder: str) -> None:
 
 def test_no_harm_is_on_unless_told(folder: str) -> None:
     arguments = ["generate", SHOTS, "-m", folder, "-a", "rerouting", "--max-new-tokens", "1"]
-    outcome = {}
-    for flag in ("--no-harm", "--no-no-harm"):
-        found = run_json(*arguments, flag)
-        assert found["no_harm"] == (flag == "--no-harm")
-        facts = found["report"]["sequences"][0]["strategies"]["rerouting"]
-        outcome[flag] = facts["held_back_before"]
-    assert outcome["--no-harm"] is not None
-    assert outcome["--no-no-harm"] is None  # nothing is held back: NaN, which JSON does not know
+    arguments += ["-s", "rerouting.kl_limit=1e-12"]  # any change is too much
+
+    def outcome(*flag: str) -> str:
+        return str(run_json(*arguments, *flag)["report"]["sequences"][0]["strategies"]["rerouting"]["outcome"])
+
+    assert outcome().startswith("rolled back")
+    assert outcome("--no-harm") == outcome()
+    assert outcome("--no-no-harm") == "accepted"
 
 
 def test_sampling_follows_its_options(folder: str) -> None:
     def text(*options: str) -> str:
-        return str(run_json("generate", "hello", "-m", folder, *options)["sequences"][0]["completion"])
+        found = run_json("generate", "hello", "-m", folder, "--max-new-tokens", "8", *options)
+        return str(found["sequences"][0]["completion"])
 
     assert text("--temperature", "5", "--seed", "1") == text("--temperature", "5", "--seed", "1")
     assert text("--temperature", "5", "--seed", "1") != text("--temperature", "5", "--seed", "2")
@@ -316,7 +316,8 @@ def test_a_missing_pocket_model_names_another_way(tmp_path: Path, monkeypatch: p
     assert "name another model with --model" in refused(1, "sites")
 
 
-def test_code_from_the_hub_is_not_run(tmp_path: Path) -> None:
+def test_code_from_the_hub_is_not_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(tmp_path)
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
@@ -468,7 +469,7 @@ def test_verdicts_are_in_words() -> None:
     def verdict(won: int, lost: int, comparisons: int = 1) -> str:
         return Paired(40, 20, 20 + won - lost, won, lost).verdict(comparisons)
 
-    assert verdict(0, 0) == "no answer turned"
+    assert verdict(0, 0) == "no difference"
     assert verdict(3, 1) == "cannot tell"
     assert verdict(9, 0) == "better"
     assert verdict(0, 9) == "worse"
@@ -481,7 +482,7 @@ def test_verdicts_are_in_words() -> None:
 
 def test_demo_counts_what_it_shows(folder: str) -> None:
     found = run_json("demo", "--questions", "4", "--model", folder)
-    assert [(s["skill"], s["dialect"]) for s in found["sets"]] == list(demo.SETS)
+    assert [(s["skill"], s["dialect"]) for s in found["sets"]] == [asked[:2] for asked in demo.SETS]
     for asked in found["sets"]:
         assert set(asked["ways"]) == {"base", *demo.WAYS}
         base = asked["ways"]["base"]["correct"]
@@ -494,8 +495,9 @@ def test_demo_counts_what_it_shows(folder: str) -> None:
 
 
 def test_demo_shows_both_sides(folder: str) -> None:
-    assert set(demo.SETS) & set(shifted_pairs())
-    assert set(demo.SETS) & set(trained_pairs())
+    pairs = {asked[:2] for asked in demo.SETS}
+    assert pairs & set(shifted_pairs())
+    assert pairs & set(trained_pairs())
     done = run("demo", "--questions", "2", "--model", folder)
     assert done.exit_code == 0
     for words in ("never trained together", "trained together", "against base", "experts/token", "real models"):

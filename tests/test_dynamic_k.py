@@ -6,11 +6,11 @@ from math import log
 import pytest
 import torch
 import torch.nn.functional as F
+
+import ttrouting as ttr
 from families.build import build
 from oracles.double import InDouble
 from oracles.plain_router import full_logits, plain_routing, top_k_rule
-
-import ttrouting as ttr
 
 torch.set_num_threads(1)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+import ttrouting as ttr
 from families.build import build
 from oracles.double import InDouble
 from oracles.plain_router import full_logits, plain_routing, top_k_rule
-
-import ttrouting as ttr
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,6 @@ from threading import Thread
 
 import pytest
 import torch
-from oracles.plain_router import full_logits, greedy, plain_routing
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -16,12 +15,13 @@ from transformers import (
 )
 
 import ttrouting as ttr
+from oracles.plain_router import full_logits, greedy, plain_routing
 
 L, E = 4, 8  # layers and experts of the tiny OLMoE
 
 # settings that change nothing; the last one is live: its taps run and add zero
 NOTHING = {
-    "none": lambda: [],
+    "none": list,
     "rerouting": lambda: ttr.Rerouting(steps=0),
     "scmoe": lambda: ttr.SCMoE(beta=0),
     "dynamic_k": lambda: ttr.DynamicK(p=1.0),

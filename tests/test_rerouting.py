@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+
+import ttrouting as ttr
 from families.build import build
 from oracles.double import InDouble
 from oracles.plain_router import full_logits, greedy, plain_routing
-
-import ttrouting as ttr
 
 torch.set_num_threads(1)
 T = 40

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttrouting.context import Context
 from ttrouting.errors import ConfigError, ModelBusy, UnsupportedCallError
@@ -19,11 +19,15 @@ from ttrouting.generation import (
     EveryInterval,
     check_generate_call,
     check_ids,
+    check_inputs,
     check_model_call,
     check_prompt,
+    experts_implementation,
     find_endings,
     infer_mask,
+    most_new_tokens,
     option,
+    using_experts,
 )
 from ttrouting.keyed import sequence_keys
 from ttrouting.plan import Plan, make_plan
@@ -65,6 +69,10 @@ def adapt(
     """
     if isinstance(model, AdaptiveModel):
         raise ModelBusy("This model is adapted already. Call .close() on it, then adapt the model itself.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"adapt needs a loaded model, got {model!r}. Load it first: AutoModelForCausalLM.from_pretrained(...)."
+        )
     with _registry_lock:
         reference = _adapters.get(model)
         holder = reference() if reference is not None else None
@@ -189,19 +197,20 @@ class AdaptiveModel:
             return
         length = prompt.ids.shape[1]
         prompt = prompt.repeat(session.sequences // prompt.ids.shape[0])
+        experts = experts_implementation(self._model)
 
         def readapt(ids: Tensor) -> None:
             begun = perf_counter()
             active = ~session.ended(ids)
             if bool(active.any()):
-                with torch.no_grad(), meter.paused():
+                with torch.no_grad(), meter.paused(), using_experts(self._model, experts):
                     text = prompt.continued(ids)
                     changed = [run.adapt(text, active) for run in session.runs]
                     if any(changed) and session.cache is not None:
                         session.refill(text)
             clock["readapt"] = clock.get("readapt", 0.0) + perf_counter() - begun
 
-        last = option(self._model, arguments, "max_new_tokens")
+        last = most_new_tokens(self._model, arguments)
         criteria = list(arguments.get("stopping_criteria") or [])
         arguments["stopping_criteria"] = [*criteria, EveryInterval(interval, length, last, readapt)]
 
@@ -231,8 +240,7 @@ class AdaptiveModel:
                 )
             ids = check_ids(arguments.get("input_ids"))
             given = arguments.get("attention_mask")
-            mask = torch.ones_like(ids) if given is None or given.dim() != 2 else given
-            mask = mask.to(torch.bool)
+            mask = check_inputs(model, ids, given if isinstance(given, Tensor) and given.dim() == 2 else None)
             routing_only = Plan(self._plan.target, self._plan.routing, None)
             session = Session(routing_only, mask, sequence_keys(ids, mask))
             _restore(session, state)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ def option(model: Any, arguments: dict[str, Any], name: str, default: Any = None
         if value is not None:
             return value
     return default
+
+
+def most_new_tokens(model: Any, arguments: dict[str, Any]) -> int | None:
+    """How many tokens `generate` may add, None if its default decides."""
+    new = option(model, arguments, "max_new_tokens")
+    longest, ids = option(model, arguments, "max_length"), arguments.get("input_ids")
+    if new is None and longest is not None and isinstance(ids, Tensor) and ids.dim() == 2:
+        return max(0, longest - ids.shape[1])
+    return new
 
 
 def find_endings(model: Any, arguments: dict[str, Any]) -> Endings:
@@ -94,7 +104,7 @@ def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             f"{type(model).__name__} does not work with num_beams={beams}: {NO_BEAMS}. Use num_beams=1."
         )
-    new = option(model, arguments, "max_new_tokens")
+    new = most_new_tokens(model, arguments)
     if plan.interval is not None and (new is None or new > plan.interval):
         raise UnsupportedCallError(
             f"Adaptation every {plan.interval} tokens does not work with num_beams={beams}: beams share one "
@@ -115,12 +125,12 @@ def check_ids(ids: Any) -> Tensor:
     return ids
 
 
-def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The prompt's mask of real tokens, `[B, T]` bool.
+def check_inputs(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of real tokens, `[B, T]` bool.
 
     Raises:
-        ConfigError: an empty prompt, right padding, or a prompt longer than the context.
-        UnsupportedCallError: the prompt and the model are on different devices.
+        ConfigError: a mask of another shape, or a sequence without a token.
+        UnsupportedCallError: inputs and model are on different devices.
     """
     _check_device(model, ids)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
@@ -131,6 +141,17 @@ def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
         )
     if ids.shape[1] == 0 or not bool(real.any(1).all()):
         raise ConfigError("A prompt is empty. Give every sequence at least one token.")
+    return real
+
+
+def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The prompt's mask of real tokens, `[B, T]` bool.
+
+    Raises:
+        ConfigError: as in `check_inputs`; right padding, or a prompt longer than the context.
+        UnsupportedCallError: as in `check_inputs`.
+    """
+    real = check_inputs(model, ids, mask)
     if not bool(real[:, -1].all()):
         raise ConfigError("The prompt is padded on the right. Pad on the left: tokenizer.padding_side = 'left'.")
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -158,6 +179,30 @@ def infer_mask(model: Any, arguments: dict[str, Any], ids: Tensor) -> Tensor | N
     if pad is None or pad in ends:
         return None
     return ids != pad
+
+
+def experts_implementation(model: Any) -> Any:
+    """Which experts implementation the model and its parts run with."""
+    read = getattr(model, "get_experts_implementation", None)
+    return None if read is None else read()
+
+
+@contextmanager
+def using_experts(model: Any, implementation: Any) -> Iterator[None]:
+    """Run with this implementation inside the block.
+
+    On devices other than the CPU `generate` switches to `batched_mm` for its loop, which copies the weights of each
+    token's experts: fine for one token a row, out of memory for a whole text.
+    """
+    now = experts_implementation(model)
+    switch = now != implementation
+    if switch:
+        model.set_experts_implementation(implementation)
+    try:
+        yield
+    finally:
+        if switch:
+            model.set_experts_implementation(now)
 
 
 class EveryInterval(StoppingCriteria):

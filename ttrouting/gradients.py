@@ -45,8 +45,9 @@ def check_gradients(name: str, target: Target) -> None:
 
 def _refusal(name: str, module: nn.Module, reason: str) -> UnsupportedModelError:
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    switch = "" if implementation == "eager" else "model.set_experts_implementation('eager') or "
     return UnsupportedModelError(
         f"{name} needs gradients, and the experts ({type(module).__name__}, experts_implementation="
-        f"{implementation!r}) have no backward pass: {reason}. Try model.set_experts_implementation('eager'), load "
-        "the model unquantised, or use the other strategies."
+        f"{implementation!r}) have no backward pass: {reason}. Try {switch}weights that are quantised without their "
+        "activations, load the model unquantised, or use the other strategies."
     )

@@ -43,7 +43,7 @@ def make_plan(target: Target, strategies: Strategy | str | Sequence[Strategy | s
         ConfigError: not a strategy. CompositionError: two decoding strategies, or two of a unique one.
         Whatever a strategy's own `check` raises.
     """
-    if isinstance(strategies, (Strategy, str)):
+    if isinstance(strategies, str) or not isinstance(strategies, Sequence):
         strategies = [strategies]
     given = [_as_strategy(s) for s in strategies]
     decoding = [s for s in given if isinstance(s, DecodingStrategy)]

@@ -24,10 +24,8 @@ PROBE_TOKENS = 16
 TOPK = (torch.topk, torch.Tensor.topk)
 HALF = (torch.bfloat16, torch.float16)
 # what rounds: in half precision its result is not that of fp32 rounded once
-ARITHMETIC = frozenset(
-    "softmax log_softmax sigmoid logsigmoid softplus tanh exp log sqrt logsumexp sum norm "
-    "add sub mul div truediv rtruediv itruediv iadd imul".split()
-)
+SCORING = ("softmax", "log_softmax", "sigmoid", "logsigmoid", "softplus", "tanh", "exp", "log", "sqrt", "logsumexp")
+ARITHMETIC = (*SCORING, "sum", "norm", "add", "sub", "mul", "div", "truediv", "rtruediv", "itruediv", "iadd", "imul")
 
 
 @dataclass
@@ -178,6 +176,12 @@ def probe_sites(model: nn.Module, found: list[Candidate]) -> list[Site]:
             _watch_block(candidate, sighting, patches)
         with torch.no_grad():
             model(input_ids=probe_tokens(model), use_cache=False)
+    except NotImplementedError as error:  # what packed weights say to an operation that they do not know
+        reason = str(error).partition("\n")[0][:200]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot run a plain forward on {getattr(model, 'device', None)}: {reason}. If its "
+            "experts are quantised, try model.set_experts_implementation('eager')."
+        ) from error
     finally:
         patches.undo()
     reached = [(c, s) for c, s in zip(found, seen, strict=True) if s.block_calls]

@@ -60,7 +60,11 @@ def _say_which(request: pytest.FixtureRequest, record_property: Callable[[str, o
 
 @pytest.fixture
 def note(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """`note(reason)`: the cell shows a dash and the reason; `note(fact=value)`: said about the family."""
+    """What the table says if the test passes.
+
+    `note(reason)`: a dash and the reason. `note(remark=...)`: a tick and the remark. `note(fact=value)`: a
+    fact about the family.
+    """
 
     def write_down(reason: str | None = None, **facts: Any) -> None:
         record_property("family", {"reason": reason, **facts})

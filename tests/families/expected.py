@@ -33,6 +33,7 @@ class Expected:
         scoring, renormalises, scaling: how logits become weights.
         experts, top_k: `E` that the router chooses from, and `K`.
         dtype: in which logits are edited in a bf16 model.
+        half_scores: whether the family scores in bf16 there, so that unedited rows need a native run.
         implementations: of the experts.
         interface: how the choice reaches the experts.
         head: `lm`, `none` (the text backbone of a larger model) or `classifier`.
@@ -50,6 +51,7 @@ class Expected:
     experts: int = 8
     top_k: int = 3
     dtype: str = "float32"
+    half_scores: bool = False
     implementations: tuple[str, ...] = ALL_EXPERTS
     interface: str = "experts"
     head: str = "lm"
@@ -87,7 +89,7 @@ def _logits_first(routers: str, **more: Any) -> Expected:
 
 EXPECTED: dict[str, Expected] = {
     "afmoe": Expected(ROUTER, THREE, "sigmoid", True, 1.5),
-    "aria_text": _logits_first(ROUTER),
+    "aria_text": _logits_first(ROUTER, half_scores=True),
     "axk1": _deepseek(),
     "axk2": Expected(
         GATE,
@@ -128,6 +130,7 @@ EXPECTED: dict[str, Expected] = {
         "sqrt_softplus",
         True,
         1.5,
+        half_scores=True,
         left_padding=False,
         limits=("fixed by token id", "left padding"),
     ),
@@ -139,7 +142,7 @@ EXPECTED: dict[str, Expected] = {
     "glm4_moe": _deepseek(),
     "glm4_moe_lite": _deepseek(),
     "glm_moe_dsa": _deepseek(),
-    "gpt_oss": _logits_first(ROUTER),
+    "gpt_oss": _logits_first(ROUTER, half_scores=True),
     "granitemoe": _logits_first("model.layers.N.block_sparse_moe.router"),
     "granitemoe_swa": _logits_first("model.layers.N.block_sparse_moe.router"),
     "granitemoehybrid": _logits_first("model.layers.N.block_sparse_moe.router"),
@@ -148,7 +151,7 @@ EXPECTED: dict[str, Expected] = {
     "hy_v3": Expected(GATE, THREE, "sigmoid", True, 1.5),
     "hy_v4": _deepseek(),
     # shared experts take part in the normalisation, so no rule from one expert's logit to its weight
-    "inkling_text": Expected(GATE, FOUR, "other", False, limits=("no simple rule",)),
+    "inkling_text": Expected(GATE, FOUR, "other", False, half_scores=True, limits=("no simple rule",)),
     "jamba": Expected("model.layers.N.feed_forward.router", (1, 3), "softmax", False),
     "jetmoe": _logits_first(
         ROUTER,
@@ -171,6 +174,7 @@ EXPECTED: dict[str, Expected] = {
         "sigmoid",
         True,
         1.5,
+        half_scores=True,
         variants=_if_normed(False, 1.5, "sigmoid")
         | {"no bias": Variant({"use_expert_bias": False}, "sigmoid", True, 1.5)},
     ),
@@ -190,19 +194,19 @@ EXPECTED: dict[str, Expected] = {
     "minimax": Expected(GATE, FOUR, "softmax", True, beams=False, limits=("beam",)),
     "minimax_m2": Expected(GATE, FOUR, "sigmoid", True),
     "minimax_m3_vl_text": Expected(GATE, FOUR, "sigmoid", True),
-    "mistral4": Expected(GATE, THREE, "softmax", True, 1.5, variants=_if_normed(False, 1.5)),
+    "mistral4": Expected(GATE, THREE, "softmax", True, 1.5, half_scores=True, variants=_if_normed(False, 1.5)),
     "mixtral": Expected(GATE, FOUR, "softmax", True),
     "nemotron_h": _deepseek("model.layers.N.mixer.gate", (1, 3)),
     "olmoe": Expected(GATE, FOUR, "softmax", False, variants=_if_normed(True)),
     # two masked softmaxes, one after the other
-    "phimoe": Expected(ROUTER, FOUR, "other", False, top_k=2, limits=("no simple rule",)),
+    "phimoe": Expected(ROUTER, FOUR, "other", False, top_k=2, half_scores=True, limits=("no simple rule",)),
     "qwen2_moe": Expected(GATE, (0, 2, 3), "softmax", False, variants=_if_normed(True)),
     "qwen3_moe": Expected(GATE, (0, 2, 3), "softmax", False, variants=_if_normed(True)),
     "qwen3_next": Expected(GATE, (0, 2, 3), "softmax", True, variants=_if_normed(False)),
     "qwen3_5_moe_text": Expected(GATE, FOUR, "softmax", True),
     "qwen4_exp_text": Expected(GATE, FOUR, "softmax", True, variants=_if_normed(False)),
     "solar_open": _deepseek(layers=FOUR),
-    "zaya": Expected(GATE, FOUR, "softmax", False, experts=9, top_k=1, limits=("skip expert",)),
+    "zaya": Expected(GATE, FOUR, "softmax", False, experts=9, top_k=1, half_scores=True, limits=("skip expert",)),
     "glm4v_moe_text": _deepseek("layers.N.mlp.gate", head="none"),
     "qwen3_vl_moe_text": Expected("layers.N.mlp.gate", FOUR, "softmax", True, head="none"),
     "ernie4_5_vl_moe_text": Expected(
@@ -230,12 +234,13 @@ REFUSED = {
 CHECKS = {
     "rule": "probed scoring, renormalisation, scaling, E and K equal those written down by hand",
     "no-op": "no strategy, and live taps with a delta of 0: the same bits in each experts implementation",
-    "delta": "experts and weights under a delta equal the family's rule written out independently",
+    "delta": "experts and weights under a delta equal the family's rule written out independently, in fp32 and bf16",
     "selection": "fewer and more experts per token: the experts' output equals a sum of single experts",
-    "gradient": "gradient to the delta equals finite differences in fp64",
+    "gradient": "gradient to the delta equals finite differences in fp64, and agrees between experts implementations",
     "generate": "cached generation under a delta equals full recompute",
     "padding": "the same in a left-padded batch, row by row",
-    "bf16": "a live delta of 0 keeps every bit in bf16, beside an edited row too",
+    "beams": "beam search under a delta, a different one for each sequence, equals beam search without a cache",
+    "bits": "a live delta of 0 keeps every bit in bf16; beside an edited row unedited rows keep theirs, fp32 and bf16",
     "masks": "masked experts never reach the experts; a full mask keeps every bit; ranks are the family's order",
     "trace": "no hook, no attribute and no changed weight afterwards, also after a failure",
 }

@@ -145,7 +145,7 @@ def _watch(stack: ExitStack, layer: Layer, family: str, expected: Expected) -> S
         if expected.interface == "dense":
             seen.dense = out[0].detach()
             return
-        order, token, gate, sizes, _ = out
+        _order, token, gate, sizes, _logits = out
         expert = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         rows = len(seen.hidden) if seen.hidden is not None else 0
         seen.dense = gate.new_zeros(rows, expected.experts).index_put((token, expert), gate.detach(), True)

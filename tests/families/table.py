@@ -12,7 +12,6 @@ import transformers
 from tests.families.expected import CHECKS, EXPECTED, REFUSED
 
 COMMAND = "pytest tests/families --families-table docs/families.md"
-REFUSAL_REASON = "refused"
 
 
 class Results:
@@ -21,25 +20,28 @@ class Results:
     def __init__(self) -> None:
         self.outcomes: dict[tuple[str, str], set[str]] = defaultdict(set)
         self.reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.remarks: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.facts: dict[str, dict[str, Any]] = defaultdict(dict)
 
     def add(self, family: str, check: str, outcome: str, notes: list[dict[str, Any]]) -> None:
         self.outcomes[family, check].add(outcome)
         for note in notes:
-            reason = note.pop("reason", None)
-            if reason and reason not in self.reasons[family, check]:
-                self.reasons[family, check].append(reason)
+            for kind, said in (("reason", self.reasons), ("remark", self.remarks)):
+                text = note.pop(kind, None)
+                if text and text not in said[family, check]:
+                    said[family, check].append(text)
             self.facts[family].update(note)
 
     def cell(self, family: str, check: str, numbers: dict[str, int]) -> str:
-        """✓ for what passed, a number where a part was refused or cannot be, ✗ for a failure."""
+        """✓ for what passed, – with a number for what cannot be, ✗ for a failure."""
         outcomes = self.outcomes.get((family, check), set())
-        if "failed" in outcomes:
-            return "✗"
-        marks = [f"[{numbers.setdefault(r, len(numbers) + 1)}]" for r in self.reasons.get((family, check), [])]
         if not outcomes:
             return "not run"
-        return " ".join(["–" if marks else "✓", *marks])
+        if "failed" in outcomes:
+            return "✗"
+        reasons, remarks = (said.get((family, check), []) for said in (self.reasons, self.remarks))
+        marks = [f"[{numbers.setdefault(text, len(numbers) + 1)}]" for text in (*reasons, *remarks)]
+        return " ".join(["–" if reasons else "✓", *marks])
 
 
 def _row(*cells: Any) -> str:
@@ -73,7 +75,9 @@ def render(results: Results) -> str:
         "## What was found",
         "",
         "E experts to choose from, K per token, in the tiny model; the factor is the tiny config's. *Edited in*: "
-        "the precision in which a bf16 model's router logits are edited.",
+        "the precision in which a bf16 model's router logits are edited. Top-k on raw logits with a softmax over the "
+        "chosen counts as a renormalised softmax, which it equals; *other* is no rule from one logit to one weight: "
+        "everything works there but C3PO's override.",
         "",
         *_head("family", "class", "routers", "E, K", "weights", "edited in", "experts implementations"),
     ]
@@ -95,18 +99,24 @@ def render(results: Results) -> str:
         )
     lines += ["", "## Checks", ""]
     lines += [f"- **{name}**: {what}." for name, what in CHECKS.items()]
-    lines += ["", "✓ passed, – see the number below the table.", "", *_head("family", *CHECKS)]
+    lines += [
+        "",
+        "✓ passed, – refused or not possible; numbers are explained below the table.",
+        "",
+        *_head("family", *CHECKS),
+    ]
     numbers: dict[str, int] = {}
     for family in EXPECTED:
         lines.append(_row(f"`{family}`", *(results.cell(family, check, numbers) for check in CHECKS)))
     lines += ["", *(f"{number}. {reason}" for reason, number in numbers.items())]
     lines += ["", "## Limits", "", "What `Site.limits` says; each is asserted by the tests.", ""]
     for family in EXPECTED:
-        for limit in results.facts.get(family, {}).get("limits", []):
-            lines.append(f"- `{family}`: {limit}.")
+        facts = results.facts.get(family, {})
+        lines += [f"- `{family}`: {limit}." for limit in facts.get("limits", [])]
+        lines += [f"- `{family}` in bf16: {limit}." for limit in facts.get("bf16_limits", [])]
     lines += ["", "## Refused", ""]
     for family in REFUSED:
-        lines.append(f"- `{family}`: {results.facts.get(family, {}).get(REFUSAL_REASON, 'not run')}")
+        lines.append(f"- `{family}`: {results.facts.get(family, {}).get('refused', 'not run')}")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ import torch
 
 import ttrouting as ttr
 from tests.families.expected import EXPECTED
-from tests.families.harness import random_delta, read, spy, tokens
+from tests.families.harness import implementations, random_delta, read, spy, tokens
 from tests.oracles.double import InDouble
 
 STEP = 1e-6
@@ -52,3 +52,18 @@ def test_gradient_equals_finite_differences(family, model):
     elif expected.scoring != "other":
         rounding = 1e-12 * gradient.abs().max()
         assert (gradient[never].abs() < rounding).all(), "an expert that is never chosen has a gradient"
+
+
+@pytest.mark.check("gradient")
+@pytest.mark.parametrize("family", EXPECTED)
+def test_gradient_agrees_between_implementations(family, model):
+    expected, tiny, ids = EXPECTED[family], model(family), tokens()
+    found = []
+    for _ in implementations(tiny, expected):
+        leaf = random_delta(expected).requires_grad_(True)
+        with ttr.adapt(tiny, ttr.StaticRouting(delta=leaf)) as adapted:
+            loss = read(adapted, ids)[..., :7].square().mean()
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    assert found[0].abs().max() > 0
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-3 * float(found[0].abs().max()), rtol=1e-2)

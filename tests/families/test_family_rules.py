@@ -59,9 +59,10 @@ def test_sites_in_bf16(family, model, note):
         assert site.renormalises == expected.renormalises
         assert site.rule.scaling == pytest.approx(expected.scaling, rel=0.02)
         assert str(site.edit_dtype) == f"torch.{expected.dtype}"
+        assert site.half_scores == expected.half_scores
     rounded = [limit for limit in sites[0].limits if "rounded" in limit]
     assert bool(rounded) == (expected.dtype != "float32")
-    note(dtype=expected.dtype)
+    note(dtype=expected.dtype, bf16_limits=rounded)
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=["-".join(v) for v in VARIANTS])

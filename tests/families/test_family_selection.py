@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import ttrouting as ttr
 from tests.families.expected import EXPECTED
-from tests.families.harness import Replace, implementations, random_selection, read, spy, tokens, layers
+from tests.families.harness import Replace, implementations, layers, random_selection, read, spy, tokens
 
 
 def columns_to_try(expected):

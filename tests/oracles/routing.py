@@ -66,11 +66,11 @@ MATRIX_OF = {
     "zaya": "router_mlp.out_proj",
 }
 # families that cast the router's input and matrix to fp32, whatever the model's dtype
-FP32_ROUTER = frozenset(
-    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe ernie4_5_vl_moe_text exaone_moe glm4_moe "
-    "glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 kimi_linear longcat_flash mimo_v2_flash nemotron_h solar_open "
-    "glm4v_moe_text glm5_next_text deepseek_ocr2_text openai_privacy_filter".split()
-)
+FP32_ROUTER = """
+    axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe ernie4_5_vl_moe_text exaone_moe glm4_moe
+    glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 kimi_linear longcat_flash mimo_v2_flash nemotron_h solar_open
+    glm4v_moe_text glm5_next_text deepseek_ocr2_text openai_privacy_filter
+"""
 
 
 def input_module(family: str, router: nn.Module) -> nn.Module:
@@ -83,7 +83,7 @@ def native_logits(family: str, router: nn.Module, hidden: Tensor) -> Tensor:
     holder = attrgetter(MATRIX_OF[family])(router) if family in MATRIX_OF else router
     hidden = hidden.reshape(-1, hidden.shape[-1])
     dtype = hidden.dtype
-    if family in FP32_ROUTER and dtype != torch.float64:
+    if family in FP32_ROUTER.split() and dtype != torch.float64:
         dtype = torch.float32
     bias = getattr(holder, "bias", None)
     if family == "longcat_flash":

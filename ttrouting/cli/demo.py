@@ -6,10 +6,13 @@ training text: the case that test-time routing is for. One set that it was train
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +25,8 @@ from ttrouting.cli.paired import Paired, exact_interval
 from ttrouting.cli.trial import Answers, QuestionSet, answer
 from ttrouting.registry import get_strategy
 
-# Skill and dialect. The first two never stood together in the training text, the last did.
-SETS = (("reverse", "letters"), ("subtract", "letters"), ("add", "letters"))
+# Skill, dialect, test questions. The first pair never stood together in the training text, the second did.
+SETS = (("reverse", "letters", 48), ("add", "letters", 24))
 # What each way of answering runs under, as strategy names and options; the base is always there.
 WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     # the solved answers and their line ends are what is to be learned
@@ -36,11 +39,14 @@ WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "scmoe": (("scmoe", {}),),
     "dynamic_k": (("dynamic_k", {"p": 0.5}),),
 }
-QUESTIONS, SHOTS, SHOWN, SEED = 40, 6, 3, 1
+SHOTS, SHOWN, SEED = 6, 3, 1
+SMALL = 50_000_000  # parameters
 
 
 def command(
-    questions: Annotated[int, typer.Option(min=1, help="Test questions of each set.")] = QUESTIONS,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Test questions of each set, instead of its own number.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions that are drawn.")] = SEED,
     model: ModelName = POCKET,
     dtype: DtypeName = Dtype.AUTO,
@@ -57,15 +63,16 @@ def command(
     output.show(Text(f"{type(loaded).__name__} ({model}): each question follows {SHOTS} solved examples,", "bold"))
     output.show(Text("and routing is adapted on those examples alone. No weight changes.", "bold"))
     results: list[tuple[QuestionSet, dict[str, Answers]]] = []
-    for skill, dialect in SETS:
-        asked = QuestionSet.draw(skill, dialect, questions, SHOTS, seed)
-        found: dict[str, Answers] = {}
-        with output.waiting(f"{skill} in {dialect}") as say:
-            for name, strategies in {"base": (), **ways}.items():
-                say(f"{skill} in {dialect}: {len(asked.questions)} questions, {name}")
-                found[name] = answer(loaded, tokenizer, asked, strategies)
-        results.append((asked, found))
-        output.show(Text(), _title(asked), _examples(asked, found, output.marks))
+    with _few_threads(loaded):
+        for skill, dialect, n in SETS:
+            asked = QuestionSet.draw(skill, dialect, questions or n, SHOTS, seed)
+            found: dict[str, Answers] = {}
+            with output.waiting(_name(asked)) as say:
+                for name, strategies in {"base": (), **ways}.items():
+                    say(f"{_name(asked)}: {len(asked.questions)} questions, {name}")
+                    found[name] = answer(loaded, tokenizer, asked, strategies)
+            results.append((asked, found))
+            output.show(Text(), _title(asked), _examples(asked, found, output.marks))
     comparisons = len(SETS) * len(ways)
     output.show(Text(), _accuracy(results, comparisons))
     output.show(Text(_fine_print(comparisons), style="dim"))
@@ -76,6 +83,22 @@ def command(
     seconds = perf_counter() - began
     output.note(f"{seconds:.0f} s in all. Next: ttrouting generate --help, ttrouting strategies")
     output.data(_facts(model, seed, results, comparisons, seconds))
+
+
+@contextmanager
+def _few_threads(model: Any) -> Iterator[None]:
+    """One thread for a small model on a CPU.
+
+    A second one gains little there. Beside another job on the same cores threads wait for each other: the demo
+    took five times as long with two.
+    """
+    before = torch.get_num_threads()
+    if model.device.type == "cpu" and model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _name(asked: QuestionSet) -> str:

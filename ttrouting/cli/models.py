@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ttrouting.errors import ConfigError, TTRoutingError
@@ -44,6 +44,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
         except PocketWeightsMissing as error:
             raise ModelLoadError(f"{error}. Or name another model with --model.") from None
     source, local = _source(name)
+    # not at the top: it takes seconds, and a wrong option should be told at once
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         with _bars(downloads(name)):
             # the tokenizer first: it is small, and its absence is known before gigabytes are read.
@@ -138,16 +141,17 @@ def _explain(name: str, local: bool, error: Exception) -> str:
             found = "it is not complete in the local cache, and HF_HUB_OFFLINE forbids to ask the hub"
             return f"Cannot load {name}: {found}. Unset HF_HUB_OFFLINE, give a folder, or use --model {POCKET}."
         return (
-            f"Cannot load {name}: {_first_line(text)} Check the name and the connection, log in for a gated model "
+            f"Cannot load {name}: {_reason(text)} Check the name and the connection, log in for a gated model "
             f"(hf auth login), give a folder, or use --model {POCKET}."
         )
     kind = "a causal language model of transformers and its tokenizer"
-    return f"Cannot load {name}: {_first_line(text)} What is needed is {kind}."
+    return f"Cannot load {name}: {_reason(text)} What is needed is {kind}."
 
 
-def _first_line(text: str) -> str:
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason was given")
-    return line if line.endswith(".") else f"{line}."
+def _reason(text: str) -> str:
+    """The beginning of another library's message, as one sentence."""
+    short = shorten(text, 240, placeholder=" ...") or "no reason was given"
+    return short if short.endswith(".") else f"{short}."
 
 
 def encode(model: Any, tokenizer: Any, texts: Sequence[str], special_tokens: bool = True) -> dict[str, Any]:

@@ -39,9 +39,9 @@ class Paired:
         return min(1.0, 2 * tail)
 
     def verdict(self, comparisons: int = 1) -> str:
-        """`better`, `worse`, `same answers` or `cannot tell`, at 5 % over all comparisons together (Bonferroni)."""
+        """`better`, `worse`, `no difference` or `cannot tell`, at 5 % over all comparisons together (Bonferroni)."""
         if self.won + self.lost == 0:
-            return "no answer turned"
+            return "no difference"
         if self.p_value >= 0.05 / comparisons:
             return "cannot tell"
         return "better" if self.won > self.lost else "worse"

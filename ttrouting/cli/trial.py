@@ -16,7 +16,6 @@ import torch
 from ttrouting.adaptive import adapt
 from ttrouting.cli.models import encode
 from ttrouting.cli.paired import Paired, exact_interval
-from ttrouting.pocket.measure import LONGEST_ANSWER
 from ttrouting.pocket.skills import SKILLS, Example, few_shot_prompt, is_correct, parse_answer, sample
 from ttrouting.report import Report
 from ttrouting.strategy import Strategy
@@ -87,6 +86,9 @@ class Answers:
 
 def answer(model: Any, tokenizer: Any, asked: QuestionSet, strategies: Sequence[Strategy] = ()) -> Answers:
     """Greedy answers to all questions of a set."""
+    # not at the top: it brings all of transformers, which other subcommands can do without
+    from ttrouting.pocket.measure import LONGEST_ANSWER
+
     inputs = encode(model, tokenizer, asked.prompts)
     began = perf_counter()
     with adapt(model, list(strategies), tokenizer=tokenizer) as adapted, torch.no_grad():

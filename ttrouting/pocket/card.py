@@ -65,7 +65,10 @@ about a real model.
   alone and in few-shot contexts. Two dialects for numbers: `digits` (0-9) and `letters` (a-j).
 - Seed {seed}; {steps} steps of {batch} tokens, {tokens:.1f} M in all. Rows of {short} tokens, and
   of {long} tokens in {long_share:.0%} of the steps.
-- AdamW, peak learning rate {lr}, 100 steps of warm-up, cosine to a twentieth, weight decay 0.05,
+- Skills are drawn by `weight` up to step {late}, then by `late_weight`, which favours those that
+  were behind on the `test` split's first look (40 questions each) at step {late}.
+- AdamW, peak learning rate {lr}, 100 steps of warm-up, cosine to a twentieth (aimed at step
+  {horizon} before step {late}, at the last step from there on: a warm restart), weight decay 0.05,
   gradient norm clipped at 1, fp32. An answer token weighs {answer_weight:.0f} question tokens.
   Load-balancing loss per layer, coefficient 0.01. The two router weights are not renormalised.
 - torch {torch}, transformers {transformers}.
