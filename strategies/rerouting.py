@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ttrouting.context import Context
-from ttrouting.errors import UnsupportedCallError, UnsupportedModelError
+from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
 from ttrouting.layers import LayerRule
 from ttrouting.objective import divergence, mean_loss, split_targets, token_losses
@@ -72,6 +72,9 @@ class Rerouting(RoutingStrategy):
             in_range(self.name, "interval", self.interval, 1, whole=True)
         one_of(self.name, "optimizer", self.optimizer, ("adam", "sgd"))
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
+        if not isinstance(self.refresh_kv, bool):
+            raise ConfigError(f"rerouting.refresh_kv must be True or False, got {self.refresh_kv!r}.")
+        in_range(self.name, "seed", self.seed, 0, whole=True)
         check_loss_on(self.loss_on)
         object.__setattr__(self, "layers", str(LayerRule.parse(self.layers)))
 
@@ -188,10 +191,10 @@ class ReroutingRun(RoutingRun):
         facts = {
             "loss_before": mean_loss(losses, fit),
             "loss_after": mean_loss(losses_after, fit),
-            "held_back_before": judge_before,
-            "held_back_after": judge_after,
             "kl": kl,
         }
+        if no_harm:
+            facts |= {"held_back_before": judge_before, "held_back_after": judge_after}
         self._note(context, active, enough, (facts, accepted, weights, curve, base, adapted))
 
     def _layer_weights(self, summary: RoutingSummary) -> Tensor:

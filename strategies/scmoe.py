@@ -82,6 +82,7 @@ class SCMoE(DecodingStrategy):
         in_range(self.name, "alpha", self.alpha, 0, 1, open_low=True)
         in_range(self.name, "beta", self.beta, 0, 100)
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
+        in_range(self.name, "seed", self.seed, 0, whole=True)
         WeakRouting.parse(self.weak)
 
     @property
@@ -132,7 +133,6 @@ class SCMoERun(DecodingRun):
     def __init__(self, strategy: SCMoE, session: Session) -> None:
         super().__init__(strategy, session)
         self.weak = WeakRouting.parse(strategy.weak)
-        self.counted = 0  # the last step that is in the counters
         self.steps: Tensor | None = None  # [B] decoding steps of live sequences
         self.limited: Tensor | None = None  # [B] of these, with beta reduced
 
@@ -211,9 +211,7 @@ class SCMoERun(DecodingRun):
             gap = torch.where(plausible, log_mixed - log_strong, 0.0)
             kl = (log_mixed.exp() * gap).sum(-1, keepdim=True)
             chosen = torch.where(kl <= self.strategy.kl_limit, beta, chosen)
-        # a part of the prompt decides on no token, and a refilled cache on none that is new
-        if self.session.decoding_step > self.counted and self.session.live.shape[0] == strong.shape[0]:
-            self.counted = self.session.decoding_step
+        if self.session.decides and self.session.live.shape[0] == strong.shape[0]:
             live = self.session.live.to(chosen.device)
             reduced = (chosen[:, -1, 0] < self.strategy.beta) & live
             self.steps = live.long() if self.steps is None else self.steps + live

@@ -182,6 +182,22 @@ def test_a_learned_scale_of_the_router_is_read_where_it_rests(device, prompts):
     assert torch.equal(scores(ttr.SCMoE(weak="rank:4")), expected)
 
 
+def test_a_readaptation_reads_the_text_with_the_kernel_of_the_prompt(device, prompts):
+    """Away from the CPU `generate` decodes with one that copies the experts of each token: too much for a text."""
+    model = cpu_offload(new().to(device), execution_device=device)  # its device is "meta" now
+    seen = set()
+
+    def watch(module, args):
+        seen.add(("token" if len(args[0]) == 1 else "text", module.config._experts_implementation))
+
+    for site in ttr.find_sites(model):
+        site.experts.register_forward_pre_hook(watch)
+    _, state, _ = run(model, prompts(24).to(device), ttr.Rerouting(interval=2, layers="all", lr=0.3))
+    assert state["rerouting"]["delta"].any()
+    assert seen == {("token", "batched_mm"), ("text", "grouped_mm")}
+    assert model.config._experts_implementation == "grouped_mm"
+
+
 class Broken(LogitsProcessor):
     def __call__(self, input_ids, scores):
         raise KeyboardInterrupt

@@ -1,42 +1,66 @@
 """ttrouting: adapt the routing of Mixture-of-Experts language models at test time, without training.
 
-What this module names is the public API. Strategies are attributes too (`ttr.Rerouting`, `ttr.SCMoE` ...),
-found when they are first asked for.
+What `__all__` names is the public API; it is imported when it is first asked for, so that a command's help does
+not wait for torch. Strategies are attributes too (`ttr.Rerouting`, `ttr.SCMoE` ...), plugins' included.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from ttrouting.adaptive import AdaptiveModel, adapt
-from ttrouting.artefacts import load, save
-from ttrouting.calibrate import calibrate
-from ttrouting.errors import (
-    ArtefactError,
-    CompositionError,
-    ConfigError,
-    CoverageError,
-    ModelBusy,
-    NotMoEError,
-    TTRoutingError,
-    UnsupportedCallError,
-    UnsupportedModelError,
-)
-from ttrouting.pocket import load_pocket
-from ttrouting.registry import StrategyInfo, get_strategy, list_strategies
-from ttrouting.report import Report
-from ttrouting.sites import Site, find_sites
-from ttrouting.state import AdaptationState
-from ttrouting.strategy import DecodingRun, DecodingStrategy, RoutingRun, RoutingStrategy
-
 if TYPE_CHECKING:
+    from ttrouting.adaptive import AdaptiveModel, adapt
+    from ttrouting.artefacts import load, save
+    from ttrouting.calibration import calibrate
+    from ttrouting.errors import (
+        ArtefactError,
+        CompositionError,
+        ConfigError,
+        CoverageError,
+        ModelBusy,
+        NotMoEError,
+        TTRoutingError,
+        UnsupportedCallError,
+        UnsupportedModelError,
+    )
+    from ttrouting.pocket import load_pocket
+    from ttrouting.registry import StrategyInfo, get_strategy, list_strategies
+    from ttrouting.report import Report
+    from ttrouting.sites import Site, find_sites
+    from ttrouting.state import AdaptationState
     from ttrouting.strategies.dynamic_k import DynamicK
     from ttrouting.strategies.expert_mask import ExpertMask
     from ttrouting.strategies.rerouting import Rerouting
     from ttrouting.strategies.scmoe import SCMoE
     from ttrouting.strategies.static_routing import StaticRouting
+    from ttrouting.strategy import DecodingRun, DecodingStrategy, RoutingRun, RoutingStrategy
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ttrouting.adaptive": ("AdaptiveModel", "adapt"),
+    "ttrouting.artefacts": ("load", "save"),
+    "ttrouting.calibration": ("calibrate",),
+    "ttrouting.errors": (
+        "ArtefactError",
+        "CompositionError",
+        "ConfigError",
+        "CoverageError",
+        "ModelBusy",
+        "NotMoEError",
+        "TTRoutingError",
+        "UnsupportedCallError",
+        "UnsupportedModelError",
+    ),
+    "ttrouting.pocket": ("load_pocket",),
+    "ttrouting.registry": ("StrategyInfo", "get_strategy", "list_strategies"),
+    "ttrouting.report": ("Report",),
+    "ttrouting.sites": ("Site", "find_sites"),
+    "ttrouting.state": ("AdaptationState",),
+    "ttrouting.strategy": ("DecodingRun", "DecodingStrategy", "RoutingRun", "RoutingStrategy"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdaptationState",
@@ -74,9 +98,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # strategies by class name: no module here has to know which there are
-    if not name.startswith("_"):
-        for info in list_strategies():
-            if info.cls.__name__ == name:
-                return info.cls
-    raise AttributeError(f"module 'ttrouting' has no attribute {name!r}")
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    elif name[:1].isupper():  # strategies by class name: no module here has to know which there are
+        from ttrouting.registry import list_strategies
+
+        value = next((info.cls for info in list_strategies() if info.cls.__name__ == name), None)
+        if value is None:
+            raise AttributeError(f"module 'ttrouting' has no attribute {name!r}")
+    else:
+        raise AttributeError(f"module 'ttrouting' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

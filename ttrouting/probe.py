@@ -202,8 +202,8 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
         raise UnsupportedModelError(
             f"The router of {name} ({type(candidate.router).__name__}) was not seen at work: "
             f"{len(seen.linears)} linear layers ran inside it and its choice reached "
-            f"{'nothing' if seen.ids is None else 'the experts'}. A fused or hub kernel may bypass it: "
-            "load the model with use_kernels=False."
+            f"{'nothing' if seen.ids is None else 'the experts'}. A fused, hub or quantised kernel may bypass it: "
+            "load the model with use_kernels=False, and keep its router unquantised."
         )
     logits = seen.linears[-1].flatten(0, -2)  # [N, C]
     ids, weights = seen.ids, seen.weights  # [N, K]

@@ -58,9 +58,12 @@ class Session:
         self.endings = endings
         self._over = torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)  # [B] an end was read
         self._live = ~self._over  # [B] the last token read was text
-        self._cursor = 0
-        self._expected = 0
-        # tensors, not ints: a compiled forward would specialise on the number
+        # a decode step reads no number that changes, but tensors and flags: it would be compiled anew for each
+        self._begin = 0  # columns of the prompt that the cache holds
+        self._prompt_read = False
+        self._position = mask.sum(1)  # [B] of the next token, once the prompt is read
+        self._refilling = False
+        self._expected = torch.zeros((), dtype=torch.int64)
         self._counted = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
         self._patches = Patches()
         self._forward: Callable[..., Any] = self.model.forward
@@ -128,14 +131,13 @@ class Session:
         batch, length = int(shape[0]), int(shape[1])
         cache = kwargs.get("past_key_values")
         if cache is None or cache is not self.cache:
-            self._cursor = 0
+            self._begin, self._prompt_read = 0, False
         streams = self.plan.decoding.streams if self.plan.decoding is not None else 1
         valid, start = self._layout(tokens, batch, length)
         rows = make_rows(batch * streams, length, self.sequences, valid, start, streams)
         if streams > 1:
             kwargs = repeat_inputs(kwargs, batch, streams)
         out = self._run(original, rows, kwargs)
-        self._cursor += length
         self.cache = getattr(out, "past_key_values", None)
         if streams > 1 and self.decoding is not None:
             logits = out.logits.view(streams, batch, *out.logits.shape[1:])  # [streams, B, S, V]
@@ -146,27 +148,38 @@ class Session:
 
     def _layout(self, tokens: Tensor | None, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """`valid [batch, length]` and the position of the first token of each row."""
+        if self._prompt_read:
+            start = self._position
+            self._position = start + length
+            return self._after_prompt(tokens, self._over, batch, length), start
         expand = batch // self._mask.shape[0]
         mask = self._mask if expand == 1 else self._mask.repeat_interleave(expand, 0)
-        prompt, begin = mask.shape[1], self._cursor
-        start = mask[:, :begin].sum(1) + max(0, begin - prompt)  # [batch]
-        inside = mask[:, begin : begin + length]
+        end = self._begin + length
+        start, inside = mask[:, : self._begin].sum(1), mask[:, self._begin : end]
         beyond = length - inside.shape[1]
+        self._begin, self._prompt_read = end, end >= mask.shape[1]
         if beyond == 0:
+            self._position = start + inside.sum(1)
             return inside, start
-        later = torch.ones(batch, beyond, dtype=torch.bool, device=mask.device)
-        if tokens is not None:
-            new = tokens[:, -beyond:].to(mask.device)
-            over = self.endings.over(new)  # [batch, beyond]
-            if begin >= prompt and self._over.shape[0] == batch:  # else the text is read from its start
-                over |= self._over[:, None]
-            later = ~(over | self.endings.padding(new))
-            self._over, self._live = over[:, -1], later[:, -1]
+        later = self._after_prompt(tokens, torch.zeros_like(mask[:, 0]), batch, beyond)
+        self._position = start + inside.sum(1) + beyond
         return torch.cat([inside, later], 1), start
+
+    def _after_prompt(self, tokens: Tensor | None, over: Tensor, batch: int, length: int) -> Tensor:
+        """`[batch, length]` bool: which of the last tokens are text; `over [batch]`: an end was read before."""
+        if tokens is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=over.device)
+        new = tokens[:, -length:].to(over.device)
+        ends = self.endings.over(new)  # [batch, length]
+        if over.shape[0] == batch:
+            ends |= over[:, None]
+        text = ~(ends | self.endings.padding(new))
+        self._over, self._live = ends[:, -1], text[:, -1]
+        return text
 
     def _run(self, forward: Callable[..., Any], rows: Rows, kwargs: dict[str, Any]) -> Any:
         self.rows = rows
-        self._expected += rows.tokens
+        self._expected.add_(rows.tokens)
         try:
             return forward(**kwargs)
         finally:
@@ -205,7 +218,9 @@ class Session:
             cache.reset()
             kwargs["past_key_values"] = cache
         self.cache = None
+        self._refilling = True
         out = self._decode_forward(self._forward, kwargs)
+        self._refilling = False
         if out.past_key_values is not cache:
             cache.__dict__.update(out.past_key_values.__dict__)
         self.cache = cache
@@ -221,13 +236,14 @@ class Session:
         self._mask = self._mask.repeat_interleave(repeats, 0)
         self._over = self._over.repeat_interleave(repeats)
         self._live = self._live.repeat_interleave(repeats)
+        self._position = self._position.repeat_interleave(repeats)
         for run in self.runs:
             run.expand(repeats)
 
     @property
-    def decoding_step(self) -> int:
-        """New tokens that the last forward decided on, in columns: 1 for the prompt, 0 for a part of it."""
-        return max(0, self._cursor - self._mask.shape[1] + 1)
+    def decides(self) -> bool:
+        """Whether the running forward decides on a new token: a part of a prompt and a refilled cache do not."""
+        return self._prompt_read and not self._refilling
 
     @property
     def live(self) -> Tensor:
@@ -246,11 +262,12 @@ class Session:
 
     def check_coverage(self) -> None:
         """Raise unless every site routed every token of every forward under the taps."""
-        missed = [s for s in self.sites if int(self._counted[s.index]) != self._expected]
+        expected = int(self._expected)
+        missed = [s for s in self.sites if int(self._counted[s.index]) != expected]
         if missed:
             worst = missed[0]
             raise CoverageError(
                 f"{len(missed)} of {len(self.sites)} MoE layers did not see every token: {worst.name} routed "
-                f"{int(self._counted[worst.index])} of {self._expected}. The output is not fully adapted and "
+                f"{int(self._counted[worst.index])} of {expected}. The output is not fully adapted and "
                 "is withheld. A fused or hub kernel may bypass the router: load with use_kernels=False."
             )

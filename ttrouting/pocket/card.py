@@ -1,6 +1,7 @@
 """What does the pocket model's card say? Its text, filled in by `demos/train_pocket.py`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -8,7 +9,7 @@ from ttrouting.pocket.measure import Score
 from ttrouting.pocket.skills import DIALECTS, SKILLS
 
 
-def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor, facts: Mapping[str, object]) -> str:
+def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor, facts: Mapping[str, Any]) -> str:
     """The model card, in Markdown.
 
     Args:

@@ -5,6 +5,7 @@ Greedy answers, exact match with a Wilson interval, and the share of tokens each
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ class Score:
 
 
 @torch.inference_mode()
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+def complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Greedy completions of `prompts`, run as one left-padded batch, without the prompts."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     out = model.generate(**batch, do_sample=False, max_new_tokens=LONGEST_ANSWER)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ttrouting.context import Context
 from ttrouting.errors import ConfigError, UnsupportedModelError
+from ttrouting.gradients import check_gradients
 from ttrouting.objective import divergence, token_losses
 from ttrouting.plan import Plan
 from ttrouting.rows import Rows
@@ -159,6 +160,7 @@ def layer_sensitivity(target: Target, contexts: Sequence[Context]) -> tuple[floa
     Raises:
         UnsupportedModelError: a kernel without a backward pass is in the way.
     """
+    check_gradients("dynamic_k.rule='sensitivity'", target)
     totals = torch.zeros(len(target.sites), dtype=torch.float64)
     tokens = 0
     for context in contexts:
