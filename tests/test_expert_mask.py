@@ -131,7 +131,7 @@ def test_scores_from_demonstrations_equal_the_formula(model):
         ids = Words()(text, "pt")["input_ids"]
         inputs = []
         handles = [
-            layer.mlp.experts.register_forward_pre_hook(lambda _m, args: inputs.append(args))
+            layer.mlp.experts.register_forward_pre_hook(lambda _m, args, seen=inputs: seen.append(args))
             for layer in model.model.layers
         ]
         model(input_ids=ids)
@@ -160,7 +160,7 @@ def test_keep_is_a_count_or_a_share(model, keep, count):
 
 
 def test_bad_masks_are_refused(model):
-    with pytest.raises(ttr.ConfigError, match="keeps 2 experts in .*, which chooses 3"):
+    with pytest.raises(ttr.ConfigError, match=r"keeps 2 experts in .*, which chooses 3"):
         ttr.adapt(model, ttr.ExpertMask(some_mask(4, keep=2)))
     with pytest.raises(ttr.ConfigError, match=r"shape \(3, 8\)"):
         ttr.adapt(model, ttr.ExpertMask(some_mask(3)))

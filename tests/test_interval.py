@@ -12,7 +12,7 @@ from families.build import build
 from oracles.double import InDouble
 from oracles.plain_router import full_logits, plain_routing
 
-EVERY, NEW = 3, 7
+EVERY, NEW = 2, 5
 
 
 def rerouting(**options):
@@ -42,7 +42,7 @@ def phases(model, ids, **how):
 
 def test_it_happens_every_interval_and_not_after_the_last_token(olmoe64, prompts):
     ids = prompts(24, 20)
-    for new, expected in ((3, 1), (4, 2), (6, 2), (7, 3)):
+    for new, expected in ((2, 1), (3, 2), (4, 2), (5, 3)):
         report = generate(olmoe64, ids, new=new)[3]
         adaptations = [s.strategies["rerouting"]["adaptations"] for s in report.sequences]
         for length, found in zip((24, 20), adaptations, strict=True):

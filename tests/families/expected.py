@@ -240,7 +240,7 @@ CHECKS = {
     "generate": "cached generation under a delta equals full recompute",
     "padding": "the same in a left-padded batch, row by row",
     "beams": "beam search under a delta, a different one for each sequence, equals beam search without a cache",
-    "bits": "a live delta of 0 keeps every bit in bf16; beside an edited row unedited rows keep theirs, fp32 and bf16",
+    "bits": "a live delta of 0 keeps every bit in bf16; rows beside an edited one keep theirs, in fp32 and bf16",
     "masks": "masked experts never reach the experts; a full mask keeps every bit; ranks are the family's order",
     "trace": "no hook, no attribute and no changed weight afterwards, also after a failure",
 }

@@ -161,8 +161,8 @@ def test_rows_beside_an_edited_one_keep_their_bits(family, dtype, model, note):
             torch.testing.assert_close(both[0], base[0], atol=1e-5 * float(base.abs().max()), rtol=1e-5)
     if expected.implementations == ("eager",):
         note(
-            remark="choice and weights keep their bits; the output agrees to rounding, because these experts multiply "
-            "matrices whose height depends on the neighbours (as eager and grouped_mm do in every family)"
+            remark="choice and weights keep their bits; the output agrees to rounding, because these experts "
+            "multiply matrices whose height depends on the neighbours, as eager and grouped_mm do in every family"
         )
 
 

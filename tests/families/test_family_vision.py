@@ -21,9 +21,10 @@ WHOLE = {
 }
 
 
+@pytest.mark.check("generate")
 @pytest.mark.parametrize("family", WHOLE)
 @torch.no_grad()
-def test_text_through_the_whole_model(family):
+def test_text_through_the_whole_model(family, note):
     parent, cls, eyes = WHOLE[family]
     text = {k: v for k, v in tiny_config(family).to_dict().items() if k != "model_type"}
     config = type(AutoConfig.for_model(parent))(
@@ -53,3 +54,4 @@ def test_text_through_the_whole_model(family):
             full = read(adapted, out.sequences[row : row + 1, pad:-1])[0, -4:]
         torch.testing.assert_close(logits[row], full, atol=1e-4, rtol=1e-4)
     assert fingerprint(model) == before
+    note(remark="the whole vision-language model generates text: cached equals recompute, left-padded too")

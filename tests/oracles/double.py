@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class InDouble(TorchFunctionMode):
-    """Turns fp32 casts of fp64 tensors into no-ops, so that finite differences and 1e-9 comparisons mean something."""
+    """Turns fp32 casts of fp64 tensors into no-ops: finite differences and 1e-9 comparisons then mean something."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -10,7 +10,7 @@ Importing this module is cheap: torch and transformers are imported by `load_poc
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttrouting.errors import TTRoutingError
 
@@ -53,8 +53,8 @@ def load_pocket(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(POCKET_DIR, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    tokenizer: Any = AutoTokenizer.from_pretrained(POCKET_DIR, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
         POCKET_DIR, dtype=torch.float32 if dtype is None else dtype, local_files_only=True
     )
     return model.to(device).eval(), tokenizer
