@@ -85,19 +85,19 @@ def assert_batch_equals_rows(model, strategies, ids, atol):
             assert words == own_words
             assert numbers == pytest.approx(own_numbers, abs=atol)
             adaptations += str(report.sequences[row].strategies).count("'accepted'")
-    return adaptations, tokens
+    return adaptations
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_olmoe(olmoe64, prompts, name):
-    adaptations, _ = assert_batch_equals_rows(olmoe64, STRATEGIES[name](), prompts(30, 20), atol=1e-5)
-    if "interval" in str(STRATEGIES[name]()[0]):
+    adaptations = assert_batch_equals_rows(olmoe64, STRATEGIES[name](), prompts(30, 20, seed=6), atol=1e-5)
+    if name.startswith("rerouting"):
         assert adaptations, "nothing was adapted: the test cannot tell"
 
 
 @pytest.mark.parametrize("name", ["rerouting", "scmoe-random", "all"])
 def test_random_weak_experts_and_deltas_do_change_the_text(olmoe64, prompts, name):
-    ids = prompts(30, 20)
+    ids = prompts(30, 20, seed=6)
     base = olmoe64.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=NEW, do_sample=False)
     with ttr.adapt(olmoe64, STRATEGIES[name]()) as adapted:
         tokens = generate(adapted, ids)[0]

@@ -174,7 +174,8 @@ class Session:
         if over.shape[0] == batch:
             ends |= over[:, None]
         text = ~(ends | self.endings.padding(new))
-        self._over, self._live = ends[:, -1], text[:, -1]
+        # contiguous: a compiled step takes one stride
+        self._over, self._live = ends[:, -1].contiguous(), text[:, -1].contiguous()
         return text
 
     def _run(self, forward: Callable[..., Any], rows: Rows, kwargs: dict[str, Any]) -> Any:

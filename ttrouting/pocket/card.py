@@ -66,8 +66,8 @@ about a real model.
   alone and in few-shot contexts. Two dialects for numbers: `digits` (0-9) and `letters` (a-j).
 - Seed {seed}; {steps} steps of {batch} tokens, {tokens:.1f} M in all. Rows of {short} tokens, and
   of {long} tokens in {long_share:.0%} of the steps.
-- Skills are drawn by `weight` up to step {late}, then by `late_weight`, which favours those that
-  were behind on the `test` split's first look (40 questions each) at step {late}.
+- Skills are drawn by `weight` up to step {late}, then by `late_weight`: more of those that a look
+  at 40 `test` questions each had shown to be behind. No question looked at was trained on.
 - AdamW, peak learning rate {lr}, 100 steps of warm-up, cosine to a twentieth (aimed at step
   {horizon} before step {late}, at the last step from there on: a warm restart), weight decay 0.05,
   gradient norm clipped at 1, fp32. An answer token weighs {answer_weight:.0f} question tokens.
