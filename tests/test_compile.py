@@ -66,10 +66,14 @@ def start(model, strategies, mask):
 
 # --- one forward -----------------------------------------------------------------------------------------
 
+BOTH = ttr.StaticRouting(delta=delta(0), mask=MASK)
 FORWARDS = {
     "delta and dynamic_k": ("grouped_mm", "aot_eager", [ttr.StaticRouting(delta=delta(0)), ttr.DynamicK(p=0.4)]),
-    "masks": ("batched_mm", "eager", [ttr.StaticRouting(mask=MASK), ttr.ExpertMask(mask=MASK, at="logits")]),
-    "scmoe": ("batched_mm", "eager", [ttr.StaticRouting(delta=delta(0)), ttr.SCMoE(weak="random")]),
+    "masks and scmoe": (
+        "batched_mm",
+        "eager",
+        [BOTH, ttr.ExpertMask(mask=MASK, at="logits"), ttr.SCMoE(weak="random")],
+    ),
 }
 
 

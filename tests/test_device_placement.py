@@ -99,7 +99,7 @@ def run(model, ids, strategies, **options):
 
 CASES = [
     *(pytest.param(torch.float32, name, id=f"fp32-{name}") for name in PLACEMENTS),
-    *(pytest.param(torch.bfloat16, name, id=f"bf16-{name}") for name in ("cpu_offload", "from_pretrained")),
+    pytest.param(torch.bfloat16, "from_pretrained", id="bf16-from_pretrained"),
 ]
 
 
@@ -203,7 +203,7 @@ class Broken(LogitsProcessor):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", ["blocks_offloaded", "dispatched"])
 def test_an_interruption_leaves_accelerates_hooks_and_no_other(device, placement, tmp_path, prompts):
     model = place(new(), placement, device, tmp_path)
     before = trace(model)
@@ -309,7 +309,6 @@ def split(model):
 DELTA = torch.linspace(-1, 1, LAYERS * EXPERTS).view(LAYERS, EXPERTS)
 SPLIT_PLANS = {
     "delta": [ttr.StaticRouting(delta=DELTA)],
-    "mask": [ttr.StaticRouting(mask=DELTA < 0.9)],
     "expert_mask": [ttr.ExpertMask(mask=DELTA < 0.9, at="logits")],
     "dynamic_k": [ttr.DynamicK(p=0.4)],
     "scmoe": [ttr.SCMoE(weak="random")],

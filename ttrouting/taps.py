@@ -78,14 +78,14 @@ class Call:
         return self._seen() if self.choice is None else self.choice
 
 
-class _RouterMode(TorchFunctionMode):
-    """Meets the last linear and the last top-k inside a router (or the top-k of its block)."""
+class _TapMode(TorchFunctionMode):
+    """Meets the last linear inside a router and the top-k that chooses, in the router or in its block."""
 
-    def __init__(self, tap: SiteTap) -> None:
+    def __init__(self, tap: SiteTap, linears: bool) -> None:
         super().__init__()
         self.tap = tap
-        self.linears = 0
-        self.topks = 0
+        self.linears_left = tap.site.linear_index if linears else -1
+        self.topks_left = tap.site.topk_index
 
     def __torch_function__(
         self,
@@ -95,39 +95,14 @@ class _RouterMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
+        if func is F.linear and self.linears_left >= 0:
             out = func(*args, **kwargs)
-            if self.linears == self.tap.site.linear_index:
-                out = self.tap.on_logits(out)
-            self.linears += 1
-            return out
-        if func in TOPK:
-            if self.topks == self.tap.site.topk_index:
+            self.linears_left -= 1
+            return self.tap.on_logits(out) if self.linears_left < 0 else out
+        if func in TOPK and self.topks_left >= 0:
+            self.topks_left -= 1
+            if self.topks_left < 0:
                 args, kwargs = self.tap.on_topk(args, kwargs)
-            self.topks += 1
-        return func(*args, **kwargs)
-
-
-class _BlockMode(TorchFunctionMode):
-    """Meets the top-k that stands in the block, between router and experts."""
-
-    def __init__(self, tap: SiteTap) -> None:
-        super().__init__()
-        self.tap = tap
-        self.topks = 0
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in TOPK:
-            if self.topks == self.tap.site.topk_index:
-                args, kwargs = self.tap.on_topk(args, kwargs)
-            self.topks += 1
         return func(*args, **kwargs)
 
 
@@ -160,7 +135,7 @@ class SiteTap:
                 return original(*args, **kwargs)
             self.call = Call(self.site)
             self.native = self.edited = self.untouched = None
-            with _RouterMode(self):
+            with _TapMode(self, linears=True):
                 out = original(*args, **kwargs)
             if self.untouched is not None:
                 out = self._restore_rows(out, original(*args, **kwargs))
@@ -176,7 +151,7 @@ class SiteTap:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.session.rows is None:
                 return original(*args, **kwargs)
-            with _BlockMode(self):
+            with _TapMode(self, linears=False):
                 return original(*args, **kwargs)
 
         return forward
