@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 import ttrouting as ttr
 from families.build import build
@@ -246,3 +247,28 @@ def test_padding_that_a_model_emits_itself_does_not_end_a_sequence(olmoe, prompt
         (sequence,) = adapted.report.sequences
     assert sequence.new_tokens == 7
     assert [p["tokens"] for p in sequence.strategies["rerouting"]["adaptations"]] == [30, 32, 34, 36]
+
+
+def test_a_sequence_that_a_callers_criterion_ends_stops_adapting(olmoe, prompts):
+    """No end-of-sequence id is written then; the padding behind it says so."""
+
+    class EndFirst(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 33, False])
+
+    ids = prompts(30, 30)
+    strategies = [ttr.Rerouting(interval=2, steps=1, layers="all"), ttr.DynamicK(p=0.6), ttr.SCMoE()]
+    with ttr.adapt(olmoe, strategies, no_harm=True) as adapted:
+        free = adapted.generate(ids, max_new_tokens=8, do_sample=False)
+        never = next(i for i in range(3, 96) if i not in free.tolist()[0] + free.tolist()[1])
+        options = {"eos_token_id": never, "pad_token_id": 0, "stopping_criteria": [EndFirst()]}
+        out = adapted.generate(ids, max_new_tokens=8, do_sample=False, **options)
+        first, second = adapted.report.sequences
+    assert out[0, 33:].tolist() == [0] * 5
+    assert [[p["tokens"] for p in s.strategies["rerouting"]["adaptations"]] for s in (first, second)] == [
+        [30, 32],
+        [30, 32, 34, 36],
+    ]
+    assert (first.new_tokens, second.new_tokens) == (3, 8)
+    # one more step than tokens: its last token is read before any padding is
+    assert [s.strategies["scmoe"]["steps"] for s in (first, second)] == [4, 8]

@@ -179,8 +179,8 @@ def probe_sites(model: nn.Module, found: list[Candidate]) -> list[Site]:
     except NotImplementedError as error:  # what packed weights say to an operation that they do not know
         reason = str(error).partition("\n")[0][:200]
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot run a plain forward on {getattr(model, 'device', None)}: {reason}. If its "
-            "experts are quantised, try model.set_experts_implementation('eager')."
+            f"{type(model).__name__} cannot run a plain forward on {getattr(model, 'device', None)}: {reason}. "
+            "If its experts are quantised, try model.set_experts_implementation('eager')."
         ) from error
     finally:
         patches.undo()
