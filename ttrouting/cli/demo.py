@@ -26,7 +26,7 @@ from ttrouting.cli.trial import Answers, QuestionSet, answer
 from ttrouting.registry import get_strategy
 
 # Skill, dialect, test questions. The first pair never stood together in the training text, the second did.
-SETS = (("reverse", "letters", 48), ("add", "letters", 24))
+SETS = (("reverse", "letters", 40), ("add", "letters", 20))
 # What each way of answering runs under, as strategy names and options; the base is always there.
 WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     # the solved answers and their line ends are what is to be learned

@@ -3,6 +3,7 @@
 Greedy answers, exact match with a Wilson interval, and the share of tokens each expert gets.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ttrouting.pocket.skills import few_shot_prompt, is_correct, sample
 
+POOL = 600  # solved examples to draw contexts from
 LONGEST_ANSWER = 24  # tokens; the longest answer line of any skill is shorter
 _Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -37,7 +39,7 @@ class Score:
         return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Greedy completions of `prompts`, run as one left-padded batch, without the prompts."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
@@ -60,11 +62,12 @@ def exact_match(
     """Exact match on `n` different questions of `split`.
 
     With `shots` > 0 each question follows that many solved `dev` examples of the same skill and
-    dialect, other ones for every question.
+    dialect, drawn for each question from a pool of `POOL` (a smaller skill has not many more).
     """
     questions = sample(skill, dialect, split, n, seed)
-    solved = sample(skill, dialect, "dev", n * shots, seed) if shots else []
-    prompts = [few_shot_prompt(solved[i * shots : (i + 1) * shots], question) for i, question in enumerate(questions)]
+    pool = sample(skill, dialect, "dev", POOL, seed) if shots else []
+    draw = random.Random(seed)
+    prompts = [few_shot_prompt(draw.sample(pool, shots), question) for question in questions]
     correct = 0
     for start in range(0, n, batch_size):
         completions = complete(model, tokenizer, prompts[start : start + batch_size])
