@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from families.build import build
+from oracles.double import InDouble
 
 State = dict[str, Any]
 
@@ -35,6 +36,13 @@ def _new(dtype: torch.dtype) -> Any:
         model.set_experts_implementation("eager")
     model.generation_config.eos_token_id = None  # random models end at once; tests of endings set it themselves
     return model
+
+
+@pytest.fixture
+def true_double() -> Iterator[None]:
+    """No fp32 inside fp64 models during the test."""
+    with InDouble():
+        yield
 
 
 @pytest.fixture

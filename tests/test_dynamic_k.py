@@ -8,31 +8,23 @@ import torch
 import torch.nn.functional as F
 
 import ttrouting as ttr
-from families.build import build
-from oracles.double import InDouble
+from oracles.double import build_double
 from oracles.plain_router import full_logits, plain_routing, top_k_rule
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def true_double():
-    with InDouble():
-        yield
+pytestmark = pytest.mark.usefixtures("true_double")
 
 
 @pytest.fixture(scope="module", params=["olmoe", "mixtral", "deepseek_v3"])
 def model(request):
-    built = build(request.param, dtype=torch.float64)
-    built.set_experts_implementation("eager")
-    return built
+    return build_double(request.param)
 
 
 @pytest.fixture(scope="module")
 def olmoe():
-    built = build("olmoe", dtype=torch.float64)
-    built.set_experts_implementation("eager")
-    return built
+    return build_double("olmoe")
 
 
 class Words:
@@ -248,8 +240,7 @@ def test_an_impossible_mean_names_the_range(olmoe):
 
 def test_a_calibration_belongs_to_one_model(olmoe):
     strategy = ttr.calibrate(olmoe, Words(), TEXTS[:1], mean_k=2.0)
-    other = build("olmoe", seed=5, dtype=torch.float64)
-    other.set_experts_implementation("eager")
+    other = build_double("olmoe", seed=5)
     with pytest.raises(ttr.UnsupportedModelError, match="another model"):
         ttr.adapt(other, strategy)
 

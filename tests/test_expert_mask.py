@@ -4,31 +4,23 @@ import pytest
 import torch
 
 import ttrouting as ttr
-from families.build import build
-from oracles.double import InDouble
+from oracles.double import build_double
 from oracles.plain_router import full_logits, plain_routing, top_k_rule
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def true_double():
-    with InDouble():
-        yield
+pytestmark = pytest.mark.usefixtures("true_double")
 
 
 @pytest.fixture(scope="module", params=["olmoe", "mixtral"])
 def model(request):
-    built = build(request.param, dtype=torch.float64)
-    built.set_experts_implementation("eager")
-    return built
+    return build_double(request.param)
 
 
 @pytest.fixture(scope="module")
 def deepseek():
-    built = build("deepseek_v3", dtype=torch.float64)
-    built.set_experts_implementation("eager")
-    return built
+    return build_double("deepseek_v3")
 
 
 class Words:

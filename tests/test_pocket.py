@@ -12,6 +12,7 @@ import torch
 
 from ttrouting import pocket
 from ttrouting.pocket import POCKET_DIR, PocketWeightsMissing, load_pocket
+from ttrouting.pocket.card import model_card
 from ttrouting.pocket.measure import Score, exact_match, expert_load
 from ttrouting.pocket.skills import (
     DIALECTS,
@@ -192,8 +193,8 @@ def test_unknown_names_are_refused(arguments, message):
 
 
 def test_asking_for_more_questions_than_there_are():
-    with pytest.raises(ValueError, match=r"asked for 5000 different test questions of 'units'"):
-        sample("units", "digits", "test", 5000)
+    with pytest.raises(ValueError, match=r"asked for 2000 different test questions of 'sequence'"):
+        sample("sequence", "digits", "test", 2000)
 
 
 def test_prompts_and_exact_match():
@@ -327,3 +328,39 @@ def test_card_lists_command_and_accuracy_of_every_pair():
             row = re.search(rf"^\| {skill} \| {dialect} \|.*$", section, re.MULTILINE)
             assert row, (skill, dialect)
             assert len(re.findall(r"[01]\.\d{3} \[", row[0])) == 2
+
+
+def test_card_is_what_the_template_gives_for_its_numbers():
+    # The card's prose and its template must not drift apart: fill the template with the card's figures.
+    card = (POCKET_DIR / "README.md").read_text(encoding="utf-8")
+    n, seed = map(int, re.search(r"n = (\d+) different questions a cell, seed\n(\d+);", card).groups())
+    scores = {}
+    for skill, dialect in ALL_PAIRS:
+        row = re.search(rf"^\| {skill} \| {dialect} \|.*$", card, re.MULTILINE)[0]
+        zero, six = (float(cell) for cell in re.findall(r"([01]\.\d{3}) \[", row))
+        scores[skill, dialect, 0], scores[skill, dialect, 6] = Score(round(zero * n), n), Score(round(six * n), n)
+    load = torch.full((6, 16), 1 / 16)
+    for layer, (low, high) in enumerate(re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \|$", card, re.MULTILINE)):
+        load[layer, 0], load[layer, 1] = float(low), float(high)
+    versions = dict(re.findall(r"(torch|transformers) (\d[\d.]*\d)", card))
+    facts = FACTS | versions | {"n": n, "eval_seed": seed}
+    assert model_card(scores, load, facts) == card
+
+
+# What the shipped run was, next to the figures that the test reads from the card.
+FACTS = {
+    "parameters": 3_973_248,
+    "command": "python demos/train_pocket.py --out ttrouting/pocket/weights",
+    "seed": 0,
+    "steps": 4600,
+    "batch": 4096,
+    "tokens": 18.8416,
+    "short": 64,
+    "long": 320,
+    "long_share": 0.35,
+    "answer_weight": 10.0,
+    "lr": 0.0025,
+    "late": 2400,
+    "horizon": 3600,
+    "shots": 6,
+}

@@ -8,33 +8,23 @@ import torch
 from transformers import LogitsProcessor
 
 import ttrouting as ttr
-from families.build import build
-from oracles.double import InDouble
+from oracles.double import build_double
 from oracles.plain_router import family_weights, full_logits, plain_routing, top_k_rule
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def true_double():
-    with InDouble():
-        yield
+pytestmark = pytest.mark.usefixtures("true_double")
 
 
 @pytest.fixture(scope="module", params=["olmoe", "mixtral", "deepseek_v3"])
 def model(request):
-    built = build(request.param, dtype=torch.float64)
-    built.set_experts_implementation("eager")
-    built.generation_config.eos_token_id = None
-    return built
+    return build_double(request.param)
 
 
 @pytest.fixture(scope="module")
 def olmoe():
-    built = build("olmoe", dtype=torch.float64)
-    built.set_experts_implementation("eager")
-    built.generation_config.eos_token_id = None
-    return built
+    return build_double("olmoe")
 
 
 def prompt(seed=0, rows=1, length=12):

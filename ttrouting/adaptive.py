@@ -137,7 +137,7 @@ class AdaptiveModel:
             arguments["generation_config"] = generation_config
         with self._exclusive():
             if self._paused or not self._plan.active:
-                self._report, self._state = Report(), AdaptationState()
+                self._report = Report()  # what was learned before a pause is still there after it
                 return model.generate(**arguments)
             check_model_call(model)
             check_generate_call(self._plan, arguments)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from families.build import build
+
 
 class InDouble(TorchFunctionMode):
     """Turns fp32 casts of fp64 tensors into no-ops: finite differences and 1e-9 comparisons then mean something."""
@@ -21,3 +23,11 @@ class InDouble(TorchFunctionMode):
                 args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         out = func(*args, **kwargs)
         return out.double() if func is torch.Tensor.cos or func is torch.Tensor.sin else out
+
+
+def build_double(family: str, **options: Any) -> Any:
+    """A tiny model of a family in fp64, eager experts (grouped matmul takes no fp64 on a CPU), which never stops."""
+    model = build(family, dtype=torch.float64, **options)
+    model.set_experts_implementation("eager")
+    model.generation_config.eos_token_id = None
+    return model

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from ttrouting.pocket.measure import Score
-from ttrouting.pocket.skills import DIALECTS, SKILLS
+from ttrouting.pocket.skills import DIALECTS, SKILLS, trained_pairs
+
+TARGET = 0.95  # exact match that a trained pair should reach
 
 
 def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor, facts: Mapping[str, Any]) -> str:
@@ -22,6 +24,7 @@ def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor,
         **facts,
         trained=_accuracy_table(scores, facts["shots"], trained=True),
         shifted=_accuracy_table(scores, facts["shots"], trained=False),
+        weak=_below_target(scores),
         uniform=1 / load.shape[1],
         loads="\n".join(f"| {i} | {r.min():.4f} | {r.max():.4f} |" for i, r in enumerate(load)),
     )
@@ -40,6 +43,16 @@ def _accuracy_table(scores: Mapping[tuple[str, str, int], Score], shots: int, *,
         if (dialect in skill.trained_dialects) == trained
     ]
     return "\n".join(lines)
+
+
+def _below_target(scores: Mapping[tuple[str, str, int], Score]) -> str:
+    """The trained pairs that miss `TARGET` without examples, or `none`."""
+    missed = [
+        f"`{name}` in {dialect} ({scores[name, dialect, 0].accuracy:.3f})"
+        for name, dialect in trained_pairs()
+        if scores[name, dialect, 0].accuracy < TARGET
+    ]
+    return ", ".join(missed) or "none"
 
 
 def _cell(score: Score) -> str:
@@ -87,6 +100,10 @@ this folder, computed in fp32.
 
 {trained}
 
+Trained and below 0.95 without examples: {weak}. In `lookup` a random pick among the table's four
+values scores 0.25. Six `word` examples and a question can be longer than the {long} tokens of the
+longest training row.
+
 ### Shifted: skill known, letters known, never together
 
 These pairs are not in the training text, so lower scores are expected.
@@ -105,8 +122,10 @@ Uniform would be {uniform:.4f}; a dead expert would be 0.
 ## Limits
 
 - Numbers outside the generators' ranges, other wording and free text are out of distribution.
-- Trained on contexts of up to {long} tokens; positions up to 512 exist and are untested.
+- Trained on contexts of up to {long} tokens; positions up to 512 exist and were not trained.
 - `count`, `logic`, `minimum` and `maximum` have few possible answers: guessing scores above zero.
-- Training repeats on the same machine with the same thread count. Elsewhere floating-point sums
-  differ, and so will the weights.
+- The shipped weights were trained with two threads up to step {late} and with one after it, with
+  pauses. Floating-point sums depend on that and on the machine: the command gives a model of this
+  recipe, not these bits.
+- In `lookup` in letters a gain can mean that answers turned into letters, not that a value was found.
 """

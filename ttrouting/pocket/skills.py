@@ -257,10 +257,10 @@ def sample(skill: str, dialect: str, split: str, n: int, seed: int = 0) -> list[
     """
     rng = random.Random(f"{seed}|{skill}|{split}")
     found: dict[str, Example] = {}
-    for _ in range(50 * n):
-        if len(found) == n:
-            break
+    repeats = 0  # in a row; many of them mean that nothing new is left to find
+    while len(found) < n and repeats < 2000:
         example = draw(skill, dialect, split, rng)
+        repeats = repeats + 1 if example.canonical in found else 0
         found.setdefault(example.canonical, example)
     if len(found) < n:
         raise ValueError(f"asked for {n} different {split} questions of {skill!r}, found {len(found)}; ask for fewer")
