@@ -241,6 +241,8 @@ def test_the_process_ends_with_the_same_codes() -> None:
     """One real process: the installed entry point, an interruption while it works, no trace of Python."""
     script = (
         "import os, signal\nfrom ttrouting.cli import generate, main\n"
+        # a runner in the background hands on an ignored SIGINT
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "generate.load_model = lambda *_: os.kill(os.getpid(), signal.SIGINT)\nmain()"
     )
     command = [sys.executable, "-c", script, "generate", "x"]
