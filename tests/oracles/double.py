@@ -21,6 +21,8 @@ class InDouble(TorchFunctionMode):
                 kwargs["dtype"] = torch.float64
             if func in (Tensor.to, Tensor.type):
                 args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if func is Tensor.matmul:  # rotary angles of older versions: fp64 frequencies by fp32 positions
+                args = (args[0], args[1].double(), *args[2:])
         out = func(*args, **kwargs)
         return out.double() if func is torch.Tensor.cos or func is torch.Tensor.sin else out
 
