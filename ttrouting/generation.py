@@ -13,7 +13,7 @@ from transformers import StoppingCriteria
 from ttrouting.endings import Endings
 from ttrouting.errors import ConfigError, UnsupportedCallError
 from ttrouting.plan import Plan
-from ttrouting.sites import NO_BEAMS
+from ttrouting.sites import NO_BEAMS, text_config
 
 REFUSED_ARGUMENTS = {
     "past_key_values": "its entries were computed under another routing; pass the whole text instead",
@@ -154,7 +154,7 @@ def check_prompt(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     real = check_inputs(model, ids, mask)
     if not bool(real[:, -1].all()):
         raise ConfigError("The prompt is padded on the right. Pad on the left: tokenizer.padding_side = 'left'.")
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    text = text_config(model.config)
     longest, limit = int(real.sum(1).max()), getattr(text, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ConfigError(f"The prompt has {longest} tokens, the model's context {limit}. Shorten the prompt.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,11 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return found
 
 
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """The MoE layers of `model`, in forward order.
 
@@ -167,7 +173,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder. Only decoder-only models are supported."
         )
-    text = getattr(config, "get_text_config", lambda: config)()
+    text = text_config(config)
     limits = {limit for c in (config, text) for limit in MODEL_LIMITS.get(getattr(c, "model_type", ""), ())}
     check_loaded(model)
     sites = probe_sites(model, found)

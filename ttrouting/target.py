@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ttrouting.offload import blocks_loaded, resident
-from ttrouting.sites import Site
+from ttrouting.sites import Site, text_config
 
 
 def _bytes(value: Tensor) -> bytes:
@@ -42,7 +42,7 @@ class Target:
         """sha256 over architecture, sites and router weights (as bf16, so that dtype does not matter)."""
         digest = hashlib.sha256()
         config = self.model.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(config)
         head = {
             "model_type": config.model_type,
             "hidden_size": getattr(text, "hidden_size", None),

@@ -9,6 +9,7 @@ import torch
 
 from ttrouting.context import Context
 from ttrouting.errors import ConfigError
+from ttrouting.sites import text_config
 
 
 def text_contexts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[Context]:
@@ -17,7 +18,7 @@ def text_contexts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[
     Raises:
         ConfigError: a text has fewer than two tokens.
     """
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    text = text_config(model.config)
     limit = getattr(text, "max_position_embeddings", None)
     for number, words in enumerate(texts):
         ids = tokenizer(words, return_tensors="pt")["input_ids"][:, :limit]
