@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-core
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-lint: $(VENV)/.installed-lint build/mypy/ttrouting/strategies
+lint: $(VENV)/.installed-lint build/mypy/ttrouting/strategies build/mypy/ttrouting/refsets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy | sed 's#^build/mypy/ttrouting/##'
@@ -38,10 +38,10 @@ lint: $(VENV)/.installed-lint build/mypy/ttrouting/strategies
 clean:
 	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-# mypy does not follow setuptools' package-dir, so it is shown `strategies/` where it is imported from.
-build/mypy/ttrouting/strategies:
+# mypy does not follow setuptools' package-dir, so it is shown the mapped folders where they are imported from.
+build/mypy/ttrouting/%:
 	@mkdir -p $(@D)
-	@ln -sfn ../../../strategies $@
+	@ln -sfn ../../../$* $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No python3 was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }

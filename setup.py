@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 # Folders at the top of the repository that are installed inside `ttrouting`.
-MAPPED = {"ttrouting.strategies": "strategies"}
+MAPPED = {"ttrouting.strategies": "strategies", "ttrouting.refsets": "refsets"}
 
 setup(
     packages=[*find_packages(include=["ttrouting", "ttrouting.*"]), *MAPPED],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ttrouting.context import Context
+from ttrouting.descent import OPTIMIZERS, descend
 from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
 from ttrouting.layers import LayerRule
@@ -70,7 +71,7 @@ class Rerouting(RoutingStrategy):
         in_range(self.name, "lr", self.lr, 0, 100)
         if self.interval is not None:
             in_range(self.name, "interval", self.interval, 1, whole=True)
-        one_of(self.name, "optimizer", self.optimizer, ("adam", "sgd"))
+        one_of(self.name, "optimizer", self.optimizer, OPTIMIZERS)
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
         if not isinstance(self.refresh_kv, bool):
             raise ConfigError(f"rerouting.refresh_kv must be True or False, got {self.refresh_kv!r}.")
@@ -204,27 +205,16 @@ class ReroutingRun(RoutingRun):
 
     def _descend(self, context: Context, fit: Tensor, start: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`steps` steps from `start [B, L, E]`; layers move by `weights [B, L]`. Returns the loss curve too."""
-        delta, update = start, weights[:, :, None]
-        mean, square = torch.zeros_like(start), torch.zeros_like(start)
-        curve: list[Tensor] = []
+
+        def loss(delta: Tensor) -> Tensor:
+            self.delta = delta
+            return mean_loss(token_losses(self.session, context)[0], fit)
+
+        rates = [self.strategy.lr] * self.strategy.steps
         try:
-            for step in range(1, self.strategy.steps + 1):
-                self.delta = delta.detach().requires_grad_(True)
-                with torch.enable_grad():
-                    losses, _ = token_losses(self.session, context)
-                    per_sequence = mean_loss(losses, fit)  # [B]
-                    gradient = torch.autograd.grad(per_sequence.sum(), self.delta)[0]
-                curve.append(per_sequence.detach())
-                if self.strategy.optimizer == "adam":
-                    mean = 0.9 * mean + 0.1 * gradient
-                    square = 0.999 * square + 0.001 * gradient**2
-                    direction = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
-                else:
-                    direction = gradient
-                delta = delta - self.strategy.lr * update * direction
+            return descend(loss, start, rates, weights[:, :, None], self.strategy.optimizer)
         finally:
             self.delta = start
-        return delta, curve
 
     def _note(self, context: Context, active: Tensor, enough: Tensor, result: Any) -> None:
         """Write down what happened to each sequence that was asked to adapt."""

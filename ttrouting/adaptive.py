@@ -17,6 +17,7 @@ from ttrouting.context import Context
 from ttrouting.errors import ConfigError, ModelBusy, UnsupportedCallError
 from ttrouting.generation import (
     EveryInterval,
+    can_hand_over,
     check_generate_call,
     check_ids,
     check_inputs,
@@ -35,7 +36,7 @@ from ttrouting.report import Report
 from ttrouting.session import Session
 from ttrouting.sites import Site, find_sites
 from ttrouting.state import AdaptationState
-from ttrouting.strategy import Strategy
+from ttrouting.strategy import Strategy, overrides
 from ttrouting.target import Target
 from ttrouting.usage import UsageMeter, returned_rows
 
@@ -152,7 +153,8 @@ class AdaptiveModel:
     def _generate(self, context: Context, arguments: dict[str, Any], state: AdaptationState | None) -> Any:
         model, plan = self._model, self._plan
         keys = sequence_keys(context.ids, context.mask)
-        session = Session(plan, context.mask, keys, find_endings(model, arguments))
+        handed_over = can_hand_over(plan, context, arguments)
+        session = Session(plan, context.mask, keys, find_endings(model, arguments), handed_over)
         _restore(session, state)
         beams, copies = (option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences"))
         # generate repeats each prompt `max(beams, copies)` times: copies are a subset of the beams
@@ -163,9 +165,13 @@ class AdaptiveModel:
         with session.installed():
             with torch.no_grad():
                 for run in session.runs:
-                    run.prepare(context)
+                    if overrides(run, "prepare"):  # it may change the routing that an earlier run read with
+                        session.cache = None
+                        run.prepare(context)
                 clock["adapt"] = perf_counter() - started
                 session.expand(repeats)
+                if session.cache is not None:
+                    arguments["past_key_values"] = session.cache
                 meter.start()
                 self._add_interval(session, meter, context, arguments, clock)
             begun = perf_counter()

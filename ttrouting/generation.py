@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from ttrouting.context import Context
 from ttrouting.endings import Endings
 from ttrouting.errors import ConfigError, UnsupportedCallError
 from ttrouting.plan import Plan
@@ -110,6 +111,26 @@ def check_generate_call(plan: Plan, arguments: dict[str, Any]) -> None:
             f"Adaptation every {plan.interval} tokens does not work with num_beams={beams}: beams share one "
             "adaptation. Use interval=None to adapt on the prompt only, or num_beams=1."
         )
+
+
+def can_hand_over(plan: Plan, context: Context, arguments: dict[str, Any]) -> bool:
+    """Whether `generate` can go on from a cache that was filled before it, with all but the last prompt token.
+
+    Not where it lays out a cache of its own or reads the prompt its own way, and not under a decoding strategy,
+    whose further rows have caches too.
+    """
+    model = plan.target.model
+    own = "_prepare_position_ids_for_generation" in type(model).__dict__  # multi-axis positions
+    options = ("cache_implementation", "prefill_chunk_size")
+    return (
+        plan.decoding is None
+        and not own
+        and context.ids.shape[1] > 1
+        and bool(context.head().mask.any(1).all())
+        and option(model, arguments, "use_cache", True) is not False
+        and all(option(model, arguments, name) is None for name in options)
+        and not context.inputs
+    )
 
 
 def _early_cache(model: Any, arguments: dict[str, Any]) -> bool:

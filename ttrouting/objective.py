@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ttrouting.context import Context
 from ttrouting.session import Session
+from ttrouting.tail import Tail
 
 
-def token_losses(session: Session, context: Context) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy of a context.
+def token_losses(session: Session, context: Context, replay: Tail | None = None) -> tuple[Tensor, Tensor]:
+    """Next-token cross-entropy of a context; with `replay` its layers alone are run, as in `Session.read`.
 
     Returns:
         `[B, T]` loss of predicting each token in nats (0 where `context.targets` is off everywhere in the
@@ -22,7 +23,7 @@ def token_losses(session: Session, context: Context) -> tuple[Tensor, Tensor]:
     """
     wanted = context.targets.any(0).nonzero().flatten()  # columns that some sequence predicts
     keep = torch.cat([wanted - 1, wanted.new_tensor([context.ids.shape[1] - 1])])  # [P]
-    logits = session.read(context, keep).logits
+    logits = session.read(context, keep, replay).logits
     if logits.shape[1] != keep.numel():
         logits = logits[:, keep.to(logits.device)]
     logits = (logits if logits.dtype == torch.float64 else logits.float()).to(context.ids.device)  # [B, P, V]

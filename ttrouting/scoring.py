@@ -16,6 +16,13 @@ SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda z: z.sigmoid(),
     "sqrt_softplus": lambda z: torch.nn.functional.softplus(z).sqrt(),
 }
+# the logits that have these scores; of softmax's, which are known up to a constant, the log
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda s: s.log(),
+    "sigmoid": lambda s: s.logit(),
+    "sqrt_softplus": lambda s: s.square().expm1().log(),
+}
+SMALLEST = 1e-7  # a score of 0 has no finite logit
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,12 @@ def raw_scores(scoring: str, logits: Tensor, choice: Tensor | None) -> Tensor:
     if scoring == "choice" and choice is not None:
         return choice
     return SCORINGS.get(scoring, SCORINGS["softmax"])(logits)
+
+
+def logits_of(scoring: str, scores: Tensor) -> Tensor:
+    """Router logits that the family scores as `scores [..., E]`; `scoring` must be in `INVERSES`."""
+    highest = 1 - SMALLEST if scoring == "sigmoid" else None
+    return INVERSES[scoring](scores.clamp(SMALLEST, highest))
 
 
 def probabilities(scoring: str, logits: Tensor, choice: Tensor | None) -> Tensor:

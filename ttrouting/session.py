@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -20,6 +21,7 @@ from ttrouting.rows import Rows, make_rows
 from ttrouting.sites import Site
 from ttrouting.strategy import DecodingRun, RoutingRun, overrides
 from ttrouting.streams import first_stream, repeat_inputs
+from ttrouting.tail import Tail
 from ttrouting.taps import Call, SiteTap
 
 if TYPE_CHECKING:
@@ -38,10 +40,14 @@ class Session:
         rows: layout of the forward that is running, None outside one.
         hidden: input of the experts of the site that is running, `[N, H]`.
         observers: called after each selection; they look and do not touch.
+        hands_over: whether a cache that `prefill` filled can be given to `generate`.
     """
 
-    def __init__(self, plan: Plan, mask: Tensor, keys: Tensor, endings: Endings = NO_ENDINGS) -> None:
+    def __init__(
+        self, plan: Plan, mask: Tensor, keys: Tensor, endings: Endings = NO_ENDINGS, hands_over: bool = False
+    ) -> None:
         self.plan = plan
+        self.hands_over = hands_over
         self.model = plan.target.model
         self.sites = plan.target.sites
         self.sequences = mask.shape[0]
@@ -186,17 +192,24 @@ class Session:
         finally:
             self.rows = None
 
-    def read(self, context: Context, keep: Tensor | None = None, **extra: Any) -> Any:
+    def read(self, context: Context, keep: Tensor | None = None, replay: Tail | None = None) -> Any:
         """A forward of the model over a context, single stream, taps live, no cache.
 
         Args:
-            context: what to read. keep: positions whose logits are wanted, `[P]`; all if None.
+            context: what to read; its rows may be several neighbouring ones for each sequence of the session.
+            keep: positions whose logits are wanted, `[P]`; all if None.
+            replay: run its layers only, from what it captured when the same context was read.
         """
-        kwargs = self.context_inputs(context)
+        kwargs = {"use_cache": False, **self.context_inputs(context)}
         if keep is not None and "logits_to_keep" in inspect.signature(self._forward).parameters:
             kwargs["logits_to_keep"] = keep
         rows = make_rows(context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0)
-        return self._run(self._forward, rows, {"use_cache": False, **kwargs, **extra})
+        if replay is None:
+            return self._run(self._forward, rows, kwargs)
+        for site in replay.skipped:  # their tokens were routed when the context was captured
+            self.count(site, rows.tokens)
+        with replay.replay():
+            return self._run(self._forward, rows, kwargs)
 
     def context_inputs(self, context: Context) -> dict[str, Any]:
         """The model inputs for a context as `generate` would prepare them."""
@@ -205,6 +218,22 @@ class Session:
         if prepare is None and "position_ids" in inspect.signature(self._forward).parameters:
             kwargs["position_ids"] = (context.mask.long().cumsum(-1) - 1).clamp_min(0)
         return kwargs
+
+    def prefill(self, context: Context) -> None:
+        """Read all but the last token of the prompts into a KV cache, from which `generate` then goes on."""
+        self._decode_forward(self._forward, {**self.context_inputs(context.head()), "use_cache": True})
+
+    def peek(self, context: Context) -> Tensor:
+        """Logits after the last token of the prompts, `[B, V]`, from a copy of the prefilled cache."""
+        kwargs = self.context_inputs(context)
+        for name in ("input_ids", "position_ids"):
+            if name in kwargs:
+                kwargs[name] = kwargs[name][:, -1:]
+        kwargs |= {"past_key_values": copy.deepcopy(self.cache), "use_cache": True}
+        last = context.mask[:, -1:]
+        rows = make_rows(last.shape[0], 1, self.sequences, last, context.mask.sum(1) - 1)
+        logits: Tensor = self._run(self._forward, rows, kwargs).logits
+        return logits[:, -1]
 
     def refill(self, context: Context) -> None:
         """Compute the KV cache of all but the last token of `context` anew, in place.
@@ -233,6 +262,8 @@ class Session:
         if repeats == 1:
             return
         self.sequences *= repeats
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(repeats)
         self.keys = self.keys.repeat_interleave(repeats)
         self._mask = self._mask.repeat_interleave(repeats, 0)
         self._over = self._over.repeat_interleave(repeats)
