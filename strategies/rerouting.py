@@ -17,6 +17,7 @@ from ttrouting.context import Context
 from ttrouting.descent import OPTIMIZERS, descend
 from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
+from ttrouting.head import check_head
 from ttrouting.layers import LayerRule
 from ttrouting.objective import divergence, mean_loss, split_targets, token_losses
 from ttrouting.rows import Rows
@@ -94,6 +95,7 @@ class Rerouting(RoutingStrategy):
         check_loss_on(self.loss_on, target.tokenizer)
         if not self.identity:
             check_gradients(self.name, target)
+            check_head(target)
 
     def start(self, session: Session) -> RoutingRun:
         """Deltas of zero for each sequence."""

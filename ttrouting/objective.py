@@ -1,15 +1,15 @@
 """The loss of a context under the routing of the moment, and a check that it can be differentiated.
 
-Legend: `B` sequences, `T` tokens, `P` positions kept, `V` vocabulary.
+Legend: `B` sequences, `T` tokens, `P` positions kept, `D` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttrouting.context import Context
+from ttrouting.head import chunked_losses, cross_entropy
 from ttrouting.session import Session
 from ttrouting.tail import Tail
 
@@ -19,18 +19,23 @@ def token_losses(session: Session, context: Context, replay: Tail | None = None)
 
     Returns:
         `[B, T]` loss of predicting each token in nats (0 where `context.targets` is off everywhere in the
-        batch), and `[B, V]` log-probabilities of the token after the context. Differentiable.
+        batch), and `[B, V]` log-probabilities of the token after the context. Differentiable once.
     """
-    wanted = context.targets.any(0).nonzero().flatten()  # columns that some sequence predicts
-    keep = torch.cat([wanted - 1, wanted.new_tensor([context.ids.shape[1] - 1])])  # [P]
-    logits = session.read(context, keep, replay).logits
-    if logits.shape[1] != keep.numel():
-        logits = logits[:, keep.to(logits.device)]
-    logits = (logits if logits.dtype == torch.float64 else logits.float()).to(context.ids.device)  # [B, P, V]
-    predicted, last = logits[:, :-1], logits[:, -1]
-    loss = F.cross_entropy(predicted.flatten(0, 1), context.ids[:, wanted].flatten(), reduction="none")
-    losses = loss.new_zeros(context.ids.shape).index_copy(1, wanted, loss.view(-1, wanted.numel()))
-    return losses, last.log_softmax(-1)
+    wanted = context.targets.any(0).nonzero().flatten()  # [P] columns that some sequence predicts
+    if session.plan.target.proven.get("head", False):
+        hidden, head = session.read_body(context, replay)  # [B, T, D]
+        labels = context.ids[:, wanted]
+        loss = chunked_losses(hidden[:, (wanted - 1).to(hidden.device)], labels, head, session.vocabulary)
+        final = head(hidden[:, -1:])
+    else:
+        keep = torch.cat([wanted - 1, wanted.new_tensor([context.ids.shape[1] - 1])])
+        logits = session.read(context, keep, replay).logits
+        if logits.shape[1] != keep.numel():
+            logits = logits[:, keep.to(logits.device)]
+        loss, final = cross_entropy(logits[:, :-1], context.ids[:, wanted]), logits[:, -1:]
+    losses = loss.new_zeros(context.ids.shape).index_copy(1, wanted, loss)
+    final = (final if final.dtype == torch.float64 else final.float()).to(context.ids.device)
+    return losses, final[:, 0].log_softmax(-1)
 
 
 def mean_loss(losses: Tensor, mask: Tensor) -> Tensor:

@@ -111,6 +111,25 @@ class Reading:
     greedy: Tensor
 
 
+def encode(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts, and of the answers that go on from them.
+
+    A prompt that begins with the tokenizer's own first token, as chat templates write it, gets no second one.
+    """
+    first = getattr(tokenizer, "bos_token", None)
+    asked: list[list[int]] = []
+    answered: list[list[int]] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        special = not (first and prompt.startswith(first))
+        ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        whole = tokenizer(prompt + answer, add_special_tokens=special)["input_ids"]
+        # some tokenizers end a text with a token, or split an answer by itself in another way
+        same = len(whole) > len(ids) and whole[: len(ids)] == ids
+        asked.append(ids)
+        answered.append(whole[len(ids) :] if same else tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return asked, answered
+
+
 def answered_context(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Context, Tensor]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from ttrouting.context import Context
 from ttrouting.endings import Endings
 from ttrouting.errors import CoverageError, ModelBusy
+from ttrouting.head import Body, Head
 from ttrouting.patches import Patches
 from ttrouting.rows import Rows, make_rows
-from ttrouting.sites import Site
+from ttrouting.sites import Site, text_config
 from ttrouting.strategy import DecodingRun, RoutingRun, overrides
 from ttrouting.streams import first_stream, repeat_inputs
 from ttrouting.tail import Tail
@@ -210,6 +211,22 @@ class Session:
             self.count(site, rows.tokens)
         with replay.replay():
             return self._run(self._forward, rows, kwargs)
+
+    def read_body(self, context: Context, replay: Tail | None = None) -> tuple[Tensor, Head]:
+        """As `read`, but last hidden states `[B, T, D]` and the head that makes logits of them, a few at a time.
+
+        Only on a model on which `check_head` found that head and body can be run apart.
+        """
+        body = Body()
+        with body.caught(self.model):
+            self.read(context, context.ids.new_empty(0), replay)
+        inputs = {**self.context_inputs(context), "use_cache": False}
+        return body.output.last_hidden_state, body.head(self.model, self._forward, inputs)
+
+    @property
+    def vocabulary(self) -> int:
+        """`V`, how many logits the head gives a token."""
+        return int(text_config(self.model.config).vocab_size)
 
     def context_inputs(self, context: Context) -> dict[str, Any]:
         """The model inputs for a context as `generate` would prepare them."""

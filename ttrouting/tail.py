@@ -29,7 +29,7 @@ class Tail:
 
     def __init__(self, target: Target, first: int) -> None:
         """`first`: index among the sites of the lowest layer that edits may touch."""
-        self.whole = not target.tails.get(first, False)
+        self.whole = not target.proven.get(_name(first), False)
         self._below = [] if self.whole else _layers_below(target.model, target.sites[first])
         inside = {id(module) for layer in self._below for module in layer.modules()}
         self.skipped = [s for s in target.sites if id(s.router) in inside]
@@ -76,16 +76,20 @@ def check_tail(target: Target, first: int) -> None:
 
     Where layers exchange more than a hidden state it does not, and replays then run everything.
     """
-    if first in target.tails:
+    if _name(first) in target.proven:
         return
-    target.tails[first] = True
+    target.proven[_name(first)] = True
     tail, tokens = Tail(target, first), probe_tokens(target.model)
     with torch.no_grad():
         with tail.capture():
             whole = target.model(input_ids=tokens, use_cache=False)
         with tail.replay():
             again = target.model(input_ids=tokens, use_cache=False)
-    target.tails[first] = bool(tail.skipped) and torch.equal(_first(whole), _first(again))
+    target.proven[_name(first)] = bool(tail.skipped) and torch.equal(_first(whole), _first(again))
+
+
+def _name(first: int) -> str:
+    return f"tail {first}"
 
 
 def _layers_below(model: nn.Module, site: Site) -> list[nn.Module]:

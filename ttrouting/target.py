@@ -30,14 +30,15 @@ class Target:
     Attributes:
         model: the transformers model. sites: its MoE layers. tokenizer: needed for patterns in `loss_on`.
         no_harm: whether adaptations that do not help are rolled back.
-        tails: by site index, whether the layers from there up can be run alone (see `tail.check_tail`).
+        proven: short cuts through the model that were tried on it, and whether they gave the same (see `check_tail`
+            and `check_head`); one that was not tried is not taken.
     """
 
     model: Any
     sites: list[Site] = field(repr=False)
     tokenizer: Any = None
     no_harm: bool = True
-    tails: dict[int, bool] = field(default_factory=dict, repr=False)
+    proven: dict[str, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
