@@ -26,6 +26,7 @@ from ttrouting.sites import Site
 from ttrouting.spans import check_loss_on, narrow_targets
 from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, one_of
 from ttrouting.summary import RoutingSummary, changes, summarise
+from ttrouting.tail import Tail
 from ttrouting.target import Target
 
 MIN_LOSS_TOKENS = 16
@@ -177,13 +178,15 @@ class ReroutingRun(RoutingRun):
             self._note(context, active, enough, None)
             return
         old = self.delta
-        with summarise(session) as base:
+        tail = session.tail(self.rule.lowest(len(session.sites)))
+        with summarise(session) as base, tail.capture():
             losses, log_before = token_losses(session, context)
-        weights = self._layer_weights(base)  # [B, L]
-        delta, curve = self._descend(context, fit, old, weights * wanted[:, None].to(weights))
+        weights = self._layer_weights(base) * wanted[:, None]  # [B, L]
+        tail.climb(int(weights.any(0).nonzero()[0]))
+        delta, curve = self._descend(context, fit, old, weights, tail)
         self.delta = delta
         with summarise(session) as adapted:
-            losses_after, log_after = token_losses(session, context)
+            losses_after, log_after = token_losses(session, context, tail)
         kl = divergence(log_after, log_before)  # [B]
         judge_before, judge_after = mean_loss(losses, judge), mean_loss(losses_after, judge)
         fine = (torch.isfinite(losses_after) | ~targets).all(1) & torch.isfinite(kl)
@@ -205,12 +208,14 @@ class ReroutingRun(RoutingRun):
         confidence, entropy = (summary.stacked(n, device) for n in ("confidence", "entropy"))
         return self.rule.weights(confidence, entropy, self.session.keys, self.strategy.seed).to(self.delta)
 
-    def _descend(self, context: Context, fit: Tensor, start: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _descend(
+        self, context: Context, fit: Tensor, start: Tensor, weights: Tensor, tail: Tail
+    ) -> tuple[Tensor, list[Tensor]]:
         """`steps` steps from `start [B, L, E]`; layers move by `weights [B, L]`. Returns the loss curve too."""
 
         def loss(delta: Tensor) -> Tensor:
             self.delta = delta
-            return mean_loss(token_losses(self.session, context)[0], fit)
+            return mean_loss(token_losses(self.session, context, tail)[0], fit)
 
         rates = [self.strategy.lr] * self.strategy.steps
         try:

@@ -59,6 +59,10 @@ class LayerRule:
     def __str__(self) -> str:
         return self.kind if self.kind in ("all", "soft") else f"{self.kind}:{self.amount:g}"
 
+    def lowest(self, layers: int) -> int:
+        """Index of the lowest layer that may be chosen, of `layers`."""
+        return max(0, layers - int(self.amount)) if self.kind == "last" else 0
+
     def weights(self, confidence: Tensor, entropy: Tensor, keys: Tensor, seed: int) -> Tensor:
         """How strongly each layer is updated, `[B, L]`: 0 or 1, or in between for `soft`.
 
@@ -72,8 +76,8 @@ class LayerRule:
         if self.kind == "soft":
             return confidence / confidence.amax(1, keepdim=True).clamp_min(1e-12)
         if self.kind == "last":
-            first = max(0, layers - int(self.amount))
-            return (torch.arange(layers, device=confidence.device) >= first).to(confidence).expand(sequences, -1)
+            chosen = torch.arange(layers, device=confidence.device) >= self.lowest(layers)
+            return chosen.to(confidence).expand(sequences, -1)
         if self.kind == "random":
             number = torch.arange(layers, device=keys.device)
             score = keyed_uniform(seed, keys[:, None], number[None, :]).to(confidence.device)

@@ -212,6 +212,10 @@ class Session:
         with replay.replay():
             return self._run(self._forward, rows, kwargs)
 
+    def tail(self, first: int) -> Tail:
+        """The layers from this site up, to be captured and replayed."""
+        return Tail(self.plan.target, first, self._forward)
+
     def read_body(self, context: Context, replay: Tail | None = None) -> tuple[Tensor, Head]:
         """As `read`, but last hidden states `[B, T, D]` and the head that makes logits of them, a few at a time.
 

@@ -6,8 +6,9 @@ the layers from the first edited one up; there is no gradient and no memory for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,86 +20,104 @@ from ttrouting.sites import Site
 from ttrouting.target import Target
 
 
+class _Stack:
+    """The decoder layers of a model, and what they handed up in the last captured forward."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.handed_up: dict[int, Any] = {}  # by number of the layer that gave it
+
+    @contextmanager
+    def capture(self, lowest: int) -> Iterator[None]:
+        """Keep what layer `lowest - 1` and those above it hand up in the forward inside the block."""
+
+        def keep(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
+            self.handed_up[number] = _detached(output)
+
+        with ExitStack() as hooks:
+            for number in range(max(0, lowest - 1), len(self.layers) - 1):
+                hook = self.layers[number].register_forward_hook(partial(keep, number))
+                hooks.callback(hook.remove)
+            yield
+
+    @contextmanager
+    def replay(self, start: int) -> Iterator[None]:
+        """Inside the block layers below `start` compute nothing: what was kept goes up in their place."""
+        handed_up = self.handed_up.get(start - 1)
+        patches = Patches()
+        try:
+            for layer in self.layers[:start]:
+                patches.forward(layer, lambda _original: lambda *_args, **_kwargs: handed_up)
+            yield
+        finally:
+            patches.undo()
+
+
 class Tail:
     """The part of a model from the decoder layer of one MoE layer up.
 
     Attributes:
         skipped: sites below, which a replay does not run.
-        whole: True if a replay runs the whole model: `check_tail` has not found that this one's layers can be cut.
     """
 
-    def __init__(self, target: Target, first: int) -> None:
-        """`first`: index among the sites of the lowest layer that edits may touch."""
-        self.whole = not target.proven.get(_name(first), False)
-        self._below = [] if self.whole else _layers_below(target.model, target.sites[first])
-        inside = {id(module) for layer in self._below for module in layer.modules()}
-        self.skipped = [s for s in target.sites if id(s.router) in inside]
-        self._handed_up: Any = None
+    def __init__(self, target: Target, first: int, forward: Callable[..., Any]) -> None:
+        """`first`: index among the sites of the lowest layer that edits may touch. `forward`: the model's own."""
+        self._target, self._forward = target, forward
+        self._stack = _Stack(_decoder_layers(target.model, target.sites))
+        self._lowest = self._layer_of(first)
+        self.climb(first)
+
+    def climb(self, first: int) -> None:
+        """Replay from this site up, which is not below the one before; what lower layers gave is forgotten.
+
+        Tried once for each model on the probe's tokens: where layers exchange more than a hidden state (keys and
+        values, for example) a replay would not give the bits of a whole forward, and runs everything instead.
+        """
+        start = self._layer_of(first)
+        self._start = start if start and self._proven(start) else 0
+        kept = self._stack.handed_up
+        self._stack.handed_up = {n: out for n, out in kept.items() if n == self._start - 1}
+        below = {id(m) for layer in self._stack.layers[: self._start] for m in layer.modules()}
+        self.skipped: list[Site] = [s for s in self._target.sites if id(s.router) in below]
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Keep what the layers below hand up in the forward inside the block."""
-        if not self._below:
+        """The forward inside the block is the one that replays go on from, with the same context."""
+        with self._stack.capture(self._lowest):
             yield
-            return
-
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._handed_up = _detached(output)
-
-        hook = self._below[-1].register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            hook.remove()
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Inside the block the layers below compute nothing: what `capture` kept goes up in their place."""
-        patches = Patches()
-
-        def stand_in(*_args: Any, **_kwargs: Any) -> Any:
-            return self._handed_up
-
-        try:
-            for layer in self._below:
-                patches.forward(layer, lambda _original: stand_in)
+        """The forward inside the block runs the upper layers only."""
+        with self._stack.replay(self._start):
             yield
-        finally:
-            patches.undo()
 
-    def release(self) -> None:
-        """Forget what was kept."""
-        self._handed_up = None
+    def _layer_of(self, first: int) -> int:
+        """Number of the decoder layer that holds a site; 0 where layers are no list."""
+        router = self._target.sites[first].router
+        return next((n for n, layer in enumerate(self._stack.layers) if any(m is router for m in layer.modules())), 0)
 
-
-def check_tail(target: Target, first: int) -> None:
-    """Find out whether a replay from this site up gives the bits of a whole forward; outside of a session.
-
-    Where layers exchange more than a hidden state it does not, and replays then run everything.
-    """
-    if _name(first) in target.proven:
-        return
-    target.proven[_name(first)] = True
-    tail, tokens = Tail(target, first), probe_tokens(target.model)
-    with torch.no_grad():
-        with tail.capture():
-            whole = target.model(input_ids=tokens, use_cache=False)
-        with tail.replay():
-            again = target.model(input_ids=tokens, use_cache=False)
-    target.proven[_name(first)] = bool(tail.skipped) and torch.equal(_first(whole), _first(again))
+    def _proven(self, start: int) -> bool:
+        proven, name = self._target.proven, f"tail {start}"
+        if name not in proven:
+            stack, tokens = _Stack(self._stack.layers), probe_tokens(self._target.model)
+            with torch.no_grad():
+                with stack.capture(start):
+                    whole = self._forward(input_ids=tokens, use_cache=False)
+                with stack.replay(start):
+                    again = self._forward(input_ids=tokens, use_cache=False)
+            proven[name] = torch.equal(_first(whole), _first(again))
+        return proven[name]
 
 
-def _name(first: int) -> str:
-    return f"tail {first}"
-
-
-def _layers_below(model: nn.Module, site: Site) -> list[nn.Module]:
-    """The decoder layers below that of `site`, lowest first; empty if there are none."""
-    parts = site.name.split(".")
+def _decoder_layers(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
+    """The list of layers that all sites stand in, lowest first; empty if there is none."""
+    parts = sites[0].name.split(".")
     for depth in range(1, len(parts)):
-        stack = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(stack, nn.ModuleList):
-            return list(stack)[: int(parts[depth])]
+        name = ".".join(parts[:depth])
+        layers = model.get_submodule(name)
+        if isinstance(layers, nn.ModuleList) and all(s.name.startswith(f"{name}.") for s in sites):
+            return list(layers)
     return []
 
 

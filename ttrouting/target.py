@@ -30,8 +30,8 @@ class Target:
     Attributes:
         model: the transformers model. sites: its MoE layers. tokenizer: needed for patterns in `loss_on`.
         no_harm: whether adaptations that do not help are rolled back.
-        proven: short cuts through the model that were tried on it, and whether they gave the same (see `check_tail`
-            and `check_head`); one that was not tried is not taken.
+        proven: short cuts through the model that were tried on it, and whether they gave the same (see `tail` and
+            `head`); one that was not tried is not taken.
     """
 
     model: Any
