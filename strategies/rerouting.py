@@ -19,14 +19,14 @@ from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModel
 from ttrouting.gradients import check_gradients
 from ttrouting.head import check_head
 from ttrouting.layers import LayerRule
-from ttrouting.objective import divergence, mean_loss, split_targets, token_losses
+from ttrouting.objective import divergence, mean_loss, split_targets
+from ttrouting.opening import Opening
 from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.spans import check_loss_on, narrow_targets
 from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, one_of
 from ttrouting.summary import RoutingSummary, changes, summarise
-from ttrouting.tail import Tail
 from ttrouting.target import Target
 
 MIN_LOSS_TOKENS = 16
@@ -179,14 +179,15 @@ class ReroutingRun(RoutingRun):
             return
         old = self.delta
         tail = session.tail(self.rule.lowest(len(session.sites)))
-        with summarise(session) as base, tail.capture():
-            losses, log_before = token_losses(session, context)
+        opening = Opening(session, context, tail)
+        with summarise(session) as base:
+            losses, log_before = opening.begin()
         weights = self._layer_weights(base) * wanted[:, None]  # [B, L]
         tail.climb(int(weights.any(0).nonzero()[0]))
-        delta, curve = self._descend(context, fit, old, weights, tail)
+        delta, curve = self._descend(opening, fit, old, weights)
         self.delta = delta
         with summarise(session) as adapted:
-            losses_after, log_after = token_losses(session, context, tail)
+            losses_after, log_after = opening.end()
         kl = divergence(log_after, log_before)  # [B]
         judge_before, judge_after = mean_loss(losses, judge), mean_loss(losses_after, judge)
         fine = (torch.isfinite(losses_after) | ~targets).all(1) & torch.isfinite(kl)
@@ -194,6 +195,10 @@ class ReroutingRun(RoutingRun):
             fine &= (judge_after < judge_before) & (kl <= options.kl_limit)
         accepted = wanted & fine
         self.delta = torch.where(accepted[:, None, None], delta, old)
+        if not bool(accepted.any()):
+            opening.undo()
+        elif not bool(accepted.all()):
+            opening.end()  # what some rows took back is in the cache
         facts = {
             "loss_before": mean_loss(losses, fit),
             "loss_after": mean_loss(losses_after, fit),
@@ -205,17 +210,15 @@ class ReroutingRun(RoutingRun):
 
     def _layer_weights(self, summary: RoutingSummary) -> Tensor:
         device = self.delta.device
-        confidence, entropy = (summary.stacked(n, device) for n in ("confidence", "entropy"))
+        confidence, entropy = (summary.means(n, device) for n in ("confidence", "entropy"))
         return self.rule.weights(confidence, entropy, self.session.keys, self.strategy.seed).to(self.delta)
 
-    def _descend(
-        self, context: Context, fit: Tensor, start: Tensor, weights: Tensor, tail: Tail
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _descend(self, opening: Opening, fit: Tensor, start: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`steps` steps from `start [B, L, E]`; layers move by `weights [B, L]`. Returns the loss curve too."""
 
         def loss(delta: Tensor) -> Tensor:
             self.delta = delta
-            return mean_loss(token_losses(self.session, context, tail)[0], fit)
+            return mean_loss(opening.losses(), fit)
 
         rates = [self.strategy.lr] * self.strategy.steps
         try:

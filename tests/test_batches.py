@@ -151,8 +151,8 @@ def test_in_fp32_nearly_every_token_takes_the_same_route(olmoe, prompts):
     assert same / total >= 0.98, f"{same} of {total} routes agree"
 
 
-def test_a_row_that_is_rolled_back_keeps_the_bits_of_the_base_model(olmoe, prompts):
-    """Beside adapted neighbours. Experts one by one: a grouped product may round by the size of its groups."""
+def test_a_row_that_is_rolled_back_beside_adapted_ones_is_that_of_the_base_model(olmoe, prompts):
+    """To rounding: the cache is filled before `generate`, by all tokens but the last."""
     olmoe.set_experts_implementation("batched_mm")
     ids = prompts(40, 40, 40)
     few = torch.ones_like(ids)
@@ -166,8 +166,8 @@ def test_a_row_that_is_rolled_back_keeps_the_bits_of_the_base_model(olmoe, promp
     assert [outcome.split(":")[0] for outcome in outcomes] == ["accepted", "skipped", "rolled back"]
     moved, kept = [0], [1, 2]
     for mine, own in zip(out.logits, base.logits, strict=True):
-        assert torch.equal(mine[kept], own[kept])
-    assert not torch.equal(out.logits[0][moved], base.logits[0][moved])
+        assert torch.allclose(mine[kept], own[kept], atol=2e-5)
+    assert (out.logits[0][moved] - base.logits[0][moved]).abs().max() > 1e-2
     assert not delta[kept].any()
     assert delta[moved].any()
 

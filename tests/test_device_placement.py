@@ -350,7 +350,7 @@ def test_a_learned_delta_gets_its_gradient_from_layers_on_two_devices():
         assert gradient.shape == (2, LAYERS, EXPERTS)
         assert gradient.device.type == "cpu"
         assert {v.device.type for v in summary.confidence.values()} == {"cpu", "meta"}, "the test cannot tell"
-        assert summary.stacked("confidence", ids.device).shape == (2, LAYERS)
+        assert summary.means("confidence", ids.device).shape == (2, LAYERS)
 
 
 def test_the_split_above_notices_a_tensor_that_stays_behind(monkeypatch):

@@ -172,6 +172,7 @@ class AdaptiveModel:
                 session.expand(repeats)
                 if session.cache is not None:
                     arguments["past_key_values"] = session.cache
+                session.hands_over = False  # from here on the cache is generate's
                 meter.start()
                 self._add_interval(session, meter, context, arguments, clock)
             begun = perf_counter()

@@ -117,13 +117,14 @@ def can_hand_over(plan: Plan, context: Context, arguments: dict[str, Any]) -> bo
     """Whether `generate` can go on from a cache that was filled before it, with all but the last prompt token.
 
     Not where it lays out a cache of its own or reads the prompt its own way, and not under a decoding strategy,
-    whose further rows have caches too.
+    whose further rows have caches too. Strategies that read the prompt try the model's head when they are planned.
     """
     model = plan.target.model
     own = "_prepare_position_ids_for_generation" in type(model).__dict__  # multi-axis positions
     options = ("cache_implementation", "prefill_chunk_size")
     return (
         plan.decoding is None
+        and plan.target.proven.get("head", False)
         and not own
         and context.ids.shape[1] > 1
         and bool(context.head().mask.any(1).all())

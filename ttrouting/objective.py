@@ -1,6 +1,6 @@
 """The loss of a context under the routing of the moment, and a check that it can be differentiated.
 
-Legend: `B` sequences, `T` tokens, `P` positions kept, `D` hidden size, `V` vocabulary.
+Legend: `B` sequences, `T` tokens, `P` positions predicted, `D` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttrouting.context import Context
-from ttrouting.head import chunked_losses, cross_entropy
+from ttrouting.head import Head, chunked_losses
 from ttrouting.session import Session
 from ttrouting.tail import Tail
 
@@ -21,21 +21,23 @@ def token_losses(session: Session, context: Context, replay: Tail | None = None)
         `[B, T]` loss of predicting each token in nats (0 where `context.targets` is off everywhere in the
         batch), and `[B, V]` log-probabilities of the token after the context. Differentiable once.
     """
+    hidden, head = session.read_body(context, replay)  # [B, T, D]
+    losses = losses_of(session, context, hidden, head)
+    return losses, log_probabilities(head(hidden[:, -1:])[:, 0], context)
+
+
+def losses_of(session: Session, context: Context, hidden: Tensor, head: Head) -> Tensor:
+    """`[B, T]` as in `token_losses`, from the last hidden states of at least all tokens but the last."""
     wanted = context.targets.any(0).nonzero().flatten()  # [P] columns that some sequence predicts
-    if session.plan.target.proven.get("head", False):
-        hidden, head = session.read_body(context, replay)  # [B, T, D]
-        labels = context.ids[:, wanted]
-        loss = chunked_losses(hidden[:, (wanted - 1).to(hidden.device)], labels, head, session.vocabulary)
-        final = head(hidden[:, -1:])
-    else:
-        keep = torch.cat([wanted - 1, wanted.new_tensor([context.ids.shape[1] - 1])])
-        logits = session.read(context, keep, replay).logits
-        if logits.shape[1] != keep.numel():
-            logits = logits[:, keep.to(logits.device)]
-        loss, final = cross_entropy(logits[:, :-1], context.ids[:, wanted]), logits[:, -1:]
-    losses = loss.new_zeros(context.ids.shape).index_copy(1, wanted, loss)
-    final = (final if final.dtype == torch.float64 else final.float()).to(context.ids.device)
-    return losses, final[:, 0].log_softmax(-1)
+    read = hidden[:, (wanted - 1).to(hidden.device)]  # [B, P, D]
+    loss = chunked_losses(read, context.ids[:, wanted], head, session.vocabulary)
+    return loss.new_zeros(context.ids.shape).index_copy(1, wanted, loss)
+
+
+def log_probabilities(logits: Tensor, context: Context) -> Tensor:
+    """`[B, V]` in fp32 at least, on the context's device."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.to(context.ids.device).log_softmax(-1)
 
 
 def mean_loss(losses: Tensor, mask: Tensor) -> Tensor:

@@ -155,15 +155,10 @@ def answered_context(
 @torch.no_grad()
 def read_answers(target: Target, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Reading:
     """Read prompts with their answers in one batch under the model's own routing."""
-    model = target.model
-    device = model.get_input_embeddings().weight.device
-    context, at = answered_context(prompts, answers, 0, device if device.type != "meta" else torch.device("cpu"))
-    session = Session(Plan(target, (), None), context.mask, sequence_keys(context.ids, context.mask))
+    context, at = answered_context(prompts, answers, 0, _home(target.model))
     longest = int(context.targets.sum(1).max())  # answers stand at the end of their rows
     keep = torch.arange(context.ids.shape[1] - longest - 1, context.ids.shape[1] - 1, device=context.ids.device)
-    with session.installed(), recording(session, at) as recorder:
-        logits = session.read(context, keep).logits
-    session.check_coverage()
+    recorder, logits = _read(target, context, at, keep)
     if logits.shape[1] != longest:
         logits = logits[:, keep.to(logits.device)]
     logits = logits.float().to(context.ids.device)  # [B, A, V]
@@ -176,3 +171,25 @@ def read_answers(target: Target, prompts: Sequence[Sequence[int]], answers: Sequ
         log_likelihood=torch.where(inside, log_p, 0).sum(1),
         greedy=(hit | ~inside).all(1),
     )
+
+
+@torch.no_grad()
+def read_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """`omega [B, L, E]` and `pooled [B, D]` of prompts without answers, as in `Reading`."""
+    context, at = answered_context(prompts, [[] for _ in prompts], 0, _home(target.model))
+    last = torch.tensor([context.ids.shape[1] - 1], device=context.ids.device)
+    recorder, _ = _read(target, context, at, last)
+    return recorder.omega(), recorder.pooled()
+
+
+def _home(model: Any) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    return device if device.type != "meta" else torch.device("cpu")
+
+
+def _read(target: Target, context: Context, at: Tensor, keep: Tensor) -> tuple[PathwayRecorder, Tensor]:
+    session = Session(Plan(target, (), None), context.mask, sequence_keys(context.ids, context.mask))
+    with session.installed(), recording(session, at) as recorder:
+        logits: Tensor = session.read(context, keep).logits
+    session.check_coverage()
+    return recorder, logits

@@ -41,7 +41,7 @@ class Session:
         rows: layout of the forward that is running, None outside one.
         hidden: input of the experts of the site that is running, `[N, H]`.
         observers: called after each selection; they look and do not touch.
-        hands_over: whether a cache that `prefill` filled can be given to `generate`.
+        hands_over: whether a cache that `fill` filled can be given to `generate`.
     """
 
     def __init__(
@@ -201,31 +201,56 @@ class Session:
             keep: positions whose logits are wanted, `[P]`; all if None.
             replay: run its layers only, from what it captured when the same context was read.
         """
-        kwargs = {"use_cache": False, **self.context_inputs(context)}
-        if keep is not None and "logits_to_keep" in inspect.signature(self._forward).parameters:
-            kwargs["logits_to_keep"] = keep
-        rows = make_rows(context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0)
-        if replay is None:
-            return self._run(self._forward, rows, kwargs)
+        if replay is not None:
+            return self._replayed(context, keep, replay, False)
+        return self._run(self._forward, self._whole(context), self._reading(context, keep, False))
+
+    def _replayed(self, context: Context, keep: Tensor | None, replay: Tail, use_cache: bool) -> Any:
+        rows = self._whole(context)
         for site in replay.skipped:  # their tokens were routed when the context was captured
             self.count(site, rows.tokens)
         with replay.replay():
-            return self._run(self._forward, rows, kwargs)
+            return self._run(self._forward, rows, self._reading(context, keep, use_cache))
+
+    def _whole(self, context: Context) -> Rows:
+        return make_rows(context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0)
+
+    def _reading(self, context: Context, keep: Tensor | None, use_cache: bool) -> dict[str, Any]:
+        inputs = {**self.context_inputs(context), "use_cache": use_cache}
+        if keep is not None and "logits_to_keep" in inspect.signature(self._forward).parameters:
+            inputs["logits_to_keep"] = keep
+        return inputs
 
     def tail(self, first: int) -> Tail:
         """The layers from this site up, to be captured and replayed."""
         return Tail(self.plan.target, first, self._forward)
 
-    def read_body(self, context: Context, replay: Tail | None = None) -> tuple[Tensor, Head]:
+    def read_body(self, context: Context, replay: Tail | None = None, fill: bool = False) -> tuple[Tensor, Head]:
         """As `read`, but last hidden states `[B, T, D]` and the head that makes logits of them, a few at a time.
 
-        Only on a model on which `check_head` found that head and body can be run apart.
+        Where a model's head and body cannot be run apart (see `check_head`): logits, and a head that does nothing.
+
+        Args:
+            fill: read into the KV cache from which `generate` goes on; a replay renews its layers' part of it.
         """
+        read = self.fill if fill else self.read
+        if not self.plan.target.proven.get("head", False):
+            return read(context, None, replay).logits, lambda logits: logits
         body = Body()
         with body.caught(self.model):
-            self.read(context, context.ids.new_empty(0), replay)
+            read(context, context.ids.new_empty(0), replay)
         inputs = {**self.context_inputs(context), "use_cache": False}
         return body.output.last_hidden_state, body.head(self.model, self._forward, inputs)
+
+    def fill(self, context: Context, keep: Tensor | None = None, replay: Tail | None = None) -> Any:
+        """As `read`, into the session's KV cache; without a replay that is a new one."""
+        if replay is None:
+            return self._decode_forward(self._forward, self._reading(context, keep, True))
+        out = self._replayed(context, keep, replay, True)
+        for number, layer in enumerate(out.past_key_values.layers):
+            if _holds_something(vars(layer)):  # those below were not run
+                self.cache.layers[number] = layer
+        return out
 
     @property
     def vocabulary(self) -> int:
@@ -240,12 +265,8 @@ class Session:
             kwargs["position_ids"] = (context.mask.long().cumsum(-1) - 1).clamp_min(0)
         return kwargs
 
-    def prefill(self, context: Context) -> None:
-        """Read all but the last token of the prompts into a KV cache, from which `generate` then goes on."""
-        self._decode_forward(self._forward, {**self.context_inputs(context.head()), "use_cache": True})
-
     def peek(self, context: Context) -> Tensor:
-        """Logits after the last token of the prompts, `[B, V]`, from a copy of the prefilled cache."""
+        """Logits after the last token of the prompts, `[B, V]`, from a copy of the filled cache."""
         kwargs = self.context_inputs(context)
         for name in ("input_ids", "position_ids"):
             if name in kwargs:
@@ -324,3 +345,10 @@ class Session:
                 f"{int(self._counted[worst.index])} of {expected}. The output is not fully adapted and "
                 "is withheld. A fused or hub kernel may bypass the router: load with use_kernels=False."
             )
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a tensor with entries is among (nested) attributes."""
+    if isinstance(value, Tensor):
+        return value.numel() > 0
+    return isinstance(value, dict) and any(_holds_something(v) for v in value.values())

@@ -21,23 +21,28 @@ from ttrouting.taps import Call
 
 @dataclass
 class RoutingSummary:
-    """Filled by `summarise`; one entry a layer, padding left out.
+    """Sums over the tokens of the forwards inside `summarise`, padding left out; one tensor a layer.
 
     Attributes:
-        confidence: `[B]` each, `-(1/K) sum_j log p_j` over the chosen experts, mean over tokens
-            (arXiv 2510.14853).
-        entropy: `[B]` each, mean entropy of `pi` in nats.
-        usage: `[B, E]` each, share of tokens that chose the expert.
+        tokens: `[B]`, how many were routed.
+        confidence: `[B]`, of `-(1/K) sum_j log p_j` over the chosen experts (arXiv 2510.14853).
+        entropy: `[B]`, of the entropy of `pi` in nats.
+        usage: `[B, E]`, how many chose the expert.
     """
 
+    tokens: dict[int, Tensor] = field(default_factory=dict)
     confidence: dict[int, Tensor] = field(default_factory=dict)
     entropy: dict[int, Tensor] = field(default_factory=dict)
     usage: dict[int, Tensor] = field(default_factory=dict)
 
-    def stacked(self, name: str, device: torch.device) -> Tensor:
-        """`[B, L]` of `confidence` or `entropy`."""
-        values: dict[int, Tensor] = getattr(self, name)
-        return torch.stack([values[i].to(device) for i in sorted(values)], 1)
+    def means(self, name: str, device: torch.device) -> Tensor:
+        """`[B, L]`, the mean `confidence` or `entropy` of a token."""
+        sums: dict[int, Tensor] = getattr(self, name)
+        return torch.stack([(sums[i] / self.tokens[i].clamp_min(1)).to(device) for i in sorted(sums)], 1)
+
+    def share(self, layer: int, sequence: int) -> Tensor:
+        """`[E]`, the share of a sequence's tokens that chose each expert."""
+        return (self.usage[layer][sequence] / self.tokens[layer][sequence].clamp_min(1)).cpu()
 
     def observe(self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows) -> None:
         """An observer for `Session.observers`."""
@@ -50,18 +55,22 @@ class RoutingSummary:
             confidence = -(chosen * used).sum(1) / used.sum(1).clamp_min(1)  # [N]
             entropy = -(pi * log).sum(1)  # [N]
             valid = rows.valid.to(pi.device)
-            count = valid.sum(1).clamp_min(1)
             shape = (rows.batch, rows.length)
-            self.confidence[site.index] = (confidence.view(shape) * valid).sum(1) / count
-            self.entropy[site.index] = (entropy.view(shape) * valid).sum(1) / count
             hits = torch.zeros_like(pi).scatter_add(1, ids.clamp_max(site.num_experts - 1), used.to(pi.dtype))
-            per_row = (hits * valid.flatten()[:, None]).view(*shape, -1).sum(1)
-            self.usage[site.index] = per_row / count[:, None]
+            sums = {
+                "tokens": valid.sum(1),
+                "confidence": (confidence.view(shape) * valid).sum(1),
+                "entropy": (entropy.view(shape) * valid).sum(1),
+                "usage": (hits * valid.flatten()[:, None]).view(*shape, -1).sum(1),
+            }
+            for name, found in sums.items():
+                kept: dict[int, Tensor] = getattr(self, name)
+                kept[site.index] = kept[site.index] + found if site.index in kept else found
 
 
 @contextmanager
 def summarise(session: Session) -> Iterator[RoutingSummary]:
-    """Watch the forwards inside the block; the last one counts."""
+    """Watch the forwards inside the block."""
     summary = RoutingSummary()
     session.observers.append(summary.observe)
     try:
@@ -73,10 +82,15 @@ def summarise(session: Session) -> Iterator[RoutingSummary]:
 def changes(
     before: RoutingSummary, after: RoutingSummary, sequence: int, names: list[str], most: int = 3
 ) -> list[dict[str, Any]]:
-    """Experts gained and lost by a sequence in each layer, as shares of its tokens, largest first."""
+    """Experts gained and lost by a sequence in each layer, as shares of its tokens, largest first.
+
+    Layers below a replayed tail are left out: nothing changed there, and not all of the text was read again.
+    """
     found = []
     for layer in sorted(after.usage):
-        shift = (after.usage[layer][sequence] - before.usage[layer][sequence].to(after.usage[layer])).cpu()
+        if int(after.tokens[layer][sequence]) != int(before.tokens[layer][sequence]):
+            continue
+        shift = after.share(layer, sequence) - before.share(layer, sequence)
         order = shift.argsort(descending=True).tolist()
         gained = [(e, round(float(shift[e]), 4)) for e in order[:most] if shift[e] > 0]
         lost = [(e, round(float(shift[e]), 4)) for e in reversed(order[-most:]) if shift[e] < 0]
