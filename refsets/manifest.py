@@ -81,8 +81,12 @@ def inside(folder: Path, name: str) -> Path:
         ArtefactError: it is not there, no plain file, or a link that leaves the folder.
     """
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ArtefactError(f"{file} is a link out of its folder. Copy the file itself there.")
+    try:
+        stays = file.resolve().is_relative_to(folder.resolve())
+    except (RuntimeError, OSError):  # links in a circle
+        stays = False
+    if not stays:
+        raise ArtefactError(f"{file} is a link out of its folder, or to nowhere. Copy the file itself there.")
     if not file.is_file():
         raise ArtefactError(f"{file} is missing, or no file. Build or copy the set again.")
     return file

@@ -67,38 +67,67 @@ def find(
     """
     usable = _usable(len(vectors), k, allowed, max_similarity, eps)
     best = _Best(len(queries), k)
-    open_rows = np.arange(len(queries))
-    fetch = 0 if index is None else indexes.candidates(index, k)
-    while index is not None and len(open_rows) and fetch <= min(MOST, usable // 4):
-        _, proposed = indexes.search(index, queries[open_rows], fetch, allowed)
-        enough = np.zeros(len(open_rows), dtype=bool)
-        for number, row in enumerate(open_rows.tolist()):
-            ids = np.sort(proposed[number][proposed[number] >= 0])
-            similarity = _cosine(vectors[ids], queries[row])
-            keep = np.flatnonzero(similarity <= max_similarity)
-            if len(keep) < k:
-                continue
-            best.clear(row)
-            best.offer(row, ids[keep], 1 - similarity[keep], similarity[keep])
-            # a tie at the edge of what was proposed may go on beyond it
-            enough[number] = best.similarity[row, -1] > similarity.min() + ROUNDING
-        open_rows = open_rows[~enough]
-        fetch *= GROWTH
-    for row in open_rows.tolist():
-        best.clear(row)
-    for start in range(0, len(vectors) if len(open_rows) else 0, CHUNK):
-        rows = vectors[start : start + CHUNK]
-        may = np.ones(len(rows), dtype=bool) if allowed is None else allowed[start : start + CHUNK]
-        for row in open_rows.tolist():
-            similarity = _cosine(rows, queries[row])
-            keep = np.flatnonzero(may & (similarity <= max_similarity))
-            best.offer(row, start + keep, 1 - similarity[keep], similarity[keep])
+    todo = list(range(len(queries)))
+    if index is not None:
+        todo = _propose(best, todo, vectors, queries, index, allowed, usable, max_similarity)
+    if todo:
+        _read_through(best, todo, vectors, queries, allowed, max_similarity)
     distance = np.sqrt(2 * best.key.astype(np.float64)).astype(np.float32)
     if eps is not None:
         outside = distance > eps
         best.drop(outside)
         distance[outside] = np.inf
     return Neighbours(best.index, best.similarity, distance)
+
+
+def _propose(
+    best: _Best,
+    todo: list[int],
+    vectors: Vectors,
+    queries: NDArray[np.float32],
+    index: Any,
+    allowed: NDArray[np.bool_] | None,
+    usable: int,
+    max_similarity: float,
+) -> list[int]:
+    """Fill `best` from what an index proposes. Returns the queries for which that was not enough."""
+    k = best.index.shape[1]
+    fetch = indexes.candidates(index, k)
+    while todo and fetch <= min(MOST, usable // 4):
+        _, proposed = indexes.search(index, queries[todo], fetch, allowed)
+        short = []
+        for row, ids in zip(todo, proposed, strict=True):
+            ids = np.sort(ids[ids >= 0])
+            similarity = _cosine(vectors[ids], queries[row])
+            keep = similarity <= max_similarity
+            best.clear(row)
+            best.offer(row, ids[keep], 1 - similarity[keep], similarity[keep])
+            # a tie at the edge of what was proposed may go on beyond it
+            if best.index[row, -1] < 0 or best.similarity[row, -1] <= similarity.min() + ROUNDING:
+                short.append(row)
+        todo = short
+        fetch *= GROWTH
+    return todo
+
+
+def _read_through(
+    best: _Best,
+    todo: list[int],
+    vectors: Vectors,
+    queries: NDArray[np.float32],
+    allowed: NDArray[np.bool_] | None,
+    max_similarity: float,
+) -> None:
+    """Fill `best` for some queries from the whole set."""
+    for row in todo:
+        best.clear(row)
+    for start in range(0, len(vectors), CHUNK):
+        rows = vectors[start : start + CHUNK]
+        may = _part(allowed, start, len(rows))
+        for row in todo:
+            similarity = _cosine(rows, queries[row])
+            keep = np.flatnonzero(may & (similarity <= max_similarity))
+            best.offer(row, start + keep, 1 - similarity[keep], similarity[keep])
 
 
 def find_pathways(
@@ -123,7 +152,7 @@ def find_pathways(
     Raises:
         ConfigError: as `find`; queries of another shape than the set's pathways, or not finite.
     """
-    usable = _usable(len(omega), k, allowed, max_similarity, None)
+    _usable(len(omega), k, allowed, max_similarity, None)
     queries = np.asarray(queries, dtype=np.float32)
     if not all(0 <= layer < omega.shape[1] for layer in layers) or queries.shape[1:] != (len(layers), omega.shape[2]):
         raise ConfigError(
@@ -132,10 +161,10 @@ def find_pathways(
         )
     if not np.isfinite(queries).all():
         raise ConfigError("Pathways to search for hold numbers that are not finite. Check the model's dtype.")
-    best = _Best(len(queries), min(k, usable))
+    best = _Best(len(queries), k)
     for start in range(0, len(omega), CHUNK):
         paths = np.asarray(omega[start : start + CHUNK][:, layers], dtype=np.float32)
-        may = np.ones(len(paths), dtype=bool) if allowed is None else allowed[start : start + CHUNK]
+        may = _part(allowed, start, len(paths))
         rows = None if vectors is None or embedded is None else vectors[start : start + CHUNK]
         for row, query in enumerate(queries):
             if rows is None or embedded is None:
@@ -179,6 +208,10 @@ class _Best:
 def _cosine(rows: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cosine `[n]` of unit vectors `[n, D]` and `[D]`; einsum, because BLAS rounds by a row's place in the matrix."""
     return np.clip(np.einsum("nd,d->n", rows, query), -1, 1)
+
+
+def _part(allowed: NDArray[np.bool_] | None, start: int, count: int) -> NDArray[np.bool_]:
+    return np.ones(count, dtype=bool) if allowed is None else allowed[start : start + count]
 
 
 def _usable(count: int, k: int, allowed: NDArray[np.bool_] | None, max_similarity: float, eps: float | None) -> int:

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from ttrouting.pocket import load_pocket
+    from ttrouting.refsets import ReferenceSet
     from ttrouting.registry import StrategyInfo, get_strategy, list_strategies
     from ttrouting.report import Report
     from ttrouting.sites import Site, find_sites
     from ttrouting.state import AdaptationState
+    from ttrouting.strategies.c3po import C3PO
     from ttrouting.strategies.dynamic_k import DynamicK
     from ttrouting.strategies.expert_mask import ExpertMask
     from ttrouting.strategies.rerouting import Rerouting
@@ -55,6 +57,7 @@ _HOMES = {
     ),
     "ttrouting.pocket": ("load_pocket",),
     "ttrouting.registry": ("StrategyInfo", "get_strategy", "list_strategies"),
+    "ttrouting.refsets": ("ReferenceSet",),
     "ttrouting.report": ("Report",),
     "ttrouting.sites": ("Site", "find_sites"),
     "ttrouting.state": ("AdaptationState",),
@@ -63,6 +66,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "C3PO",
     "AdaptationState",
     "AdaptiveModel",
     "ArtefactError",
@@ -75,6 +79,7 @@ __all__ = [
     "ExpertMask",
     "ModelBusy",
     "NotMoEError",
+    "ReferenceSet",
     "Report",
     "Rerouting",
     "RoutingRun",

@@ -1,7 +1,7 @@
 """`ttrouting demo`: what does adapted routing change on a handful of questions, and is that more than luck?
 
-The pocket model knows some skills with digits only. Asked in letters, after a few solved examples, it is off its
-training text: the case that test-time routing is for. One set that it was trained on shows the other side.
+The pocket model knows some skills with digits only. Asked in letters it is off its training text: the case that
+test-time routing is for. One set that it was trained on shows the other side.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ from ttrouting.cli.paired import Paired, exact_interval
 from ttrouting.cli.trial import Answers, QuestionSet, answer
 from ttrouting.registry import get_strategy
 
-# Skill, dialect, test questions. The first pair never stood together in the training text, the second did.
-SETS = (("reverse", "letters", 40), ("add", "letters", 20))
-# What each way of answering runs under, as strategy names and options; the base is always there.
+SHOTS, SHOWN, SEED = 6, 3, 1
+ON_EXAMPLES = ("rerouting", "scmoe", "dynamic_k")
+# Skill, dialect, test questions, solved examples before each, ways of answering beside the base. The first pair never
+# stood together in the training text, the second did.
+SETS: tuple[tuple[str, str, int, int, tuple[str, ...]], ...] = (
+    ("reverse", "letters", 40, SHOTS, ON_EXAMPLES),
+    ("add", "letters", 20, SHOTS, ON_EXAMPLES),
+    ("reverse", "letters", 40, 0, ("c3po",)),
+)
+# What each way of answering runs under, as strategy names and options.
 WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     # the solved answers and their line ends are what is to be learned
     "rerouting": (
@@ -38,8 +45,9 @@ WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     ),
     "scmoe": (("scmoe", {}),),
     "dynamic_k": (("dynamic_k", {"p": 0.5}),),
+    # without solved examples, from those of the shipped reference set
+    "c3po": (("c3po", {"scope": "all", "layers": "all", "core_experts": 1.0, "k": 8, "use": "all"}),),
 }
-SHOTS, SHOWN, SEED = 6, 3, 1
 SMALL = 50_000_000  # parameters
 
 
@@ -60,20 +68,27 @@ def command(
     ways = {name: tuple(get_strategy(kind)(**options) for kind, options in way) for name, way in WAYS.items()}
     with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
-    output.show(Text(f"{type(loaded).__name__} ({model}): each question follows {SHOTS} solved examples,", "bold"))
-    output.show(Text("and routing is adapted on those examples alone. No weight changes.", "bold"))
+    output.show(
+        Text(f"{type(loaded).__name__} ({model}): routing is adapted to each question, on the solved", "bold")
+    )
+    output.show(Text("examples before it or on solved neighbours in a reference set. No weight changes.", "bold"))
+    sets = [one for one in SETS if "c3po" not in one[-1] or model == POCKET]
+    if len(sets) < len(SETS):
+        output.note(
+            "Without C3PO: the shipped reference set is the pocket model's. Build one: ttrouting refset build."
+        )
     results: list[tuple[QuestionSet, dict[str, Answers]]] = []
     with _few_threads(loaded):
-        for skill, dialect, n in SETS:
-            asked = QuestionSet.draw(skill, dialect, questions or n, SHOTS, seed)
+        for skill, dialect, n, shots, names in sets:
+            asked = QuestionSet.draw(skill, dialect, questions or n, shots, seed)
             found: dict[str, Answers] = {}
             with output.waiting(_name(asked)) as say:
-                for name, strategies in {"base": (), **ways}.items():
+                for name, strategies in {"base": (), **{name: ways[name] for name in names}}.items():
                     say(f"{_name(asked)}: {len(asked.questions)} questions, {name}")
                     found[name] = answer(loaded, tokenizer, asked, strategies)
             results.append((asked, found))
             output.show(Text(), _title(asked), _examples(asked, found, output.marks))
-    comparisons = len(SETS) * len(ways)
+    comparisons = sum(len(names) for *_, names in sets)
     output.show(Text(), _accuracy(results, comparisons))
     output.show(Text(_fine_print(comparisons), style="dim"))
     asked, found = results[0]
@@ -102,13 +117,15 @@ def _few_threads(model: Any) -> Iterator[None]:
 
 
 def _name(asked: QuestionSet) -> str:
-    return f"{asked.skill}/{asked.dialect}"
+    return f"{asked.skill}/{asked.dialect}" if asked.shots else f"{asked.skill}/{asked.dialect}, alone"
 
 
 def _title(asked: QuestionSet) -> Text:
     told = "trained together" if asked.trained else "never trained together"
+    before = f"after {asked.shots} solved examples" if asked.shots else "questions alone"
     title = Text(_name(asked), style="bold")
-    return title.append(f"  {told}; the first {min(SHOWN, len(asked.questions))} questions", style="not bold dim")
+    shown = min(SHOWN, len(asked.questions))
+    return title.append(f"  {told}; {before}; the first {shown} questions", style="not bold dim")
 
 
 def _examples(asked: QuestionSet, found: dict[str, Answers], marks: tuple[str, str]) -> Table:
@@ -179,12 +196,12 @@ def _facts(
     return {
         "model": model,
         "seed": seed,
-        "shots": SHOTS,
         "comparisons": comparisons,
         "sets": [
             {
                 "skill": asked.skill,
                 "dialect": asked.dialect,
+                "shots": asked.shots,
                 "trained": asked.trained,
                 "questions": [{"question": q.question, "answer": q.answer} for q in asked.questions],
                 "ways": {name: answers.facts(found["base"]) for name, answers in found.items()},

@@ -1,7 +1,7 @@
 """How do a model and its adapted selves answer the same questions?
 
-Every question stands after solved examples of the same skill and dialect, other ones for every question, and all
-questions of a set go through the model as one batch.
+Every question stands after solved examples of the same skill and dialect, other ones for every question, or alone.
+All questions of a set go through the model as one batch.
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ from ttrouting.strategy import Strategy
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions of one skill in one dialect, with the prompts that ask them."""
+    """Questions of one skill in one dialect, with the prompts that ask them after `shots` solved examples."""
 
     skill: str
     dialect: str
+    shots: int
     questions: list[Example]
     prompts: list[str]
 
     @classmethod
     def draw(cls, skill: str, dialect: str, n: int, shots: int, seed: int) -> QuestionSet:
-        """`n` test questions after `shots` solved dev examples each."""
+        """`n` test questions after `shots` solved dev examples each.
+
+        A question alone ends in the space that its answer begins with, as in the shipped reference set: what C3PO
+        changes at the last prompt token then bears on the first letter of the answer.
+        """
         questions = sample(skill, dialect, "test", n, seed)
         solved = sample(skill, dialect, "dev", n * shots, seed)
         prompts = [few_shot_prompt(solved[i * shots : (i + 1) * shots], q) for i, q in enumerate(questions)]
-        return cls(skill, dialect, questions, prompts)
+        return cls(skill, dialect, shots, questions, prompts if shots else [f"{p} " for p in prompts])
 
     @property
     def trained(self) -> bool:
