@@ -25,8 +25,9 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.spans import check_loss_on, narrow_targets
-from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, one_of
+from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, one_of, overrides
 from ttrouting.summary import RoutingSummary, changes, summarise
+from ttrouting.tail import Tail
 from ttrouting.target import Target
 
 MIN_LOSS_TOKENS = 16
@@ -117,6 +118,8 @@ class ReroutingRun(RoutingRun):
         )
         self.history: list[list[dict[str, Any]]] = [[] for _ in range(session.sequences)]
         self.rule = LayerRule.parse(strategy.layers)
+        self.layers: Tensor | None = None  # [B, L], how strongly each is updated; chosen at the first adaptation
+        self._tail: Tail | None = None  # while decoding is followed
 
     # --- tap --------------------------------------------------------------------------------------
 
@@ -129,16 +132,29 @@ class ReroutingRun(RoutingRun):
 
     def prepare(self, context: Context) -> None:
         """Phase 1 on the prompt."""
-        self._optimise(context, torch.ones_like(context.mask[:, 0]))
+        tail, session = self._optimise(context, torch.ones_like(context.mask[:, 0])), self.session
+        alone = all(run is self or not overrides(run, "adapt") for run in session.runs)
+        if tail is not None and session.hands_over and alone and self.strategy.interval is not None:
+            session.follow(tail)
+            self._tail = tail
 
     def adapt(self, context: Context, active: Tensor) -> bool:
-        """Phase 1 again on the longer text, carrying delta."""
-        before = self.delta
+        """Phase 1 again on the longer text, carrying delta. Layers below those that change are not run again."""
+        before, refresh = self.delta, self.strategy.refresh_kv
+        if self._tail is not None:
+            text = context.head().ids
+            with self._tail.catch_up(*text.shape) as caught_up:
+                if caught_up:
+                    self._optimise(context, active, self._tail)
+                    return False  # the cache was filled on the way
+            self._tail = None
         self._optimise(context, active)
-        return self.strategy.refresh_kv and not torch.equal(before, self.delta)
+        return refresh and not torch.equal(before, self.delta)
 
     def expand(self, repeats: int) -> None:
         self.delta = self.delta.repeat_interleave(repeats, 0)
+        if self.layers is not None:
+            self.layers = self.layers.repeat_interleave(repeats, 0)
         self.history = [[dict(h) for h in past] for past in self.history for _ in range(repeats)]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -166,7 +182,8 @@ class ReroutingRun(RoutingRun):
 
     # --- optimisation ------------------------------------------------------------------------------
 
-    def _optimise(self, context: Context, active: Tensor) -> None:
+    def _optimise(self, context: Context, active: Tensor, decoding: Tail | None = None) -> Tail | None:
+        """One phase; `decoding`: the layers above what decoding has read already. Returns the layers that it ran."""
         options, session = self.strategy, self.session
         no_harm = session.plan.target.no_harm
         targets = narrow_targets(context, options.loss_on, session.plan.target.tokenizer)
@@ -176,18 +193,22 @@ class ReroutingRun(RoutingRun):
         wanted = active & enough
         if not bool(wanted.any()):
             self._note(context, active, enough, None)
-            return
+            return None
         old = self.delta
-        tail = session.tail(self.rule.lowest(len(session.sites)))
-        opening = Opening(session, context, tail)
+        tail = decoding or session.tail(self.rule.lowest(len(session.sites)))
+        opening = Opening(session, context, tail, decoding is not None)
         with summarise(session) as base:
             losses, log_before = opening.begin()
-        weights = self._layer_weights(base) * wanted[:, None]  # [B, L]
-        tail.climb(int(weights.any(0).nonzero()[0]))
+        if self.layers is None:
+            self.layers = self._layer_weights(base)
+        if decoding is None:
+            tail.climb(int(self.layers.any(0).nonzero()[0]))
+        weights = self.layers * wanted[:, None]  # [B, L]
+        fill = decoding is None or options.refresh_kv
         delta, curve = self._descend(opening, fit, old, weights)
         self.delta = delta
         with summarise(session) as adapted:
-            losses_after, log_after = opening.end()
+            losses_after, log_after = opening.end(fill)
         kl = divergence(log_after, log_before)  # [B]
         judge_before, judge_after = mean_loss(losses, judge), mean_loss(losses_after, judge)
         fine = (torch.isfinite(losses_after) | ~targets).all(1) & torch.isfinite(kl)
@@ -198,7 +219,7 @@ class ReroutingRun(RoutingRun):
         if not bool(accepted.any()):
             opening.undo()
         elif not bool(accepted.all()):
-            opening.end()  # what some rows took back is in the cache
+            opening.end(fill)  # what some rows took back is in the cache
         facts = {
             "loss_before": mean_loss(losses, fit),
             "loss_after": mean_loss(losses_after, fit),
@@ -207,6 +228,7 @@ class ReroutingRun(RoutingRun):
         if no_harm:
             facts |= {"held_back_before": judge_before, "held_back_after": judge_after}
         self._note(context, active, enough, (facts, accepted, weights, curve, base, adapted))
+        return tail
 
     def _layer_weights(self, summary: RoutingSummary) -> Tensor:
         device = self.delta.device

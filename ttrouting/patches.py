@@ -36,6 +36,10 @@ class Patches:
         """Register a forward pre-hook that sees and may replace `(args, kwargs)`."""
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Register a forward hook that sees `(module, arguments, output)`."""
+        self._undo.append(module.register_forward_hook(hook).remove)
+
     def undo(self) -> None:
         """Take everything back."""
         failure: BaseException | None = None

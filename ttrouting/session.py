@@ -225,6 +225,12 @@ class Session:
         """The layers from this site up, to be captured and replayed."""
         return Tail(self.plan.target, first, self._forward)
 
+    def follow(self, tail: Tail) -> None:
+        """Keep what decoding hands up to a tail, until the end of the call. Not where decoding is compiled."""
+        compiled = (getattr(self._forward, "_torchdynamo_orig_callable", None), self.model._compiled_call_impl)
+        if compiled == (None, None):
+            tail.follow(self._patches)
+
     def read_body(self, context: Context, replay: Tail | None = None, fill: bool = False) -> tuple[Tensor, Head]:
         """As `read`, but last hidden states `[B, T, D]` and the head that makes logits of them, a few at a time.
 

@@ -65,6 +65,8 @@ class Tail:
         self._target, self._forward = target, forward
         self._stack = _Stack(_decoder_layers(target.model, target.sites))
         self._lowest = self._layer_of(first)
+        self._following = False
+        self._later: list[Any] = []  # what decoding handed up
         self.climb(first)
 
     def climb(self, first: int) -> None:
@@ -85,6 +87,43 @@ class Tail:
         """The forward inside the block is the one that replays go on from, with the same context."""
         with self._stack.capture(self._lowest):
             yield
+
+    def follow(self, patches: Patches) -> None:
+        """From now on keep what decoding hands up: replays can go on from the longer text (see `catch_up`)."""
+        self._following = bool(self._start)
+
+        def more(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._following:
+                self._later.append(_detached(output))
+
+        if self._following:
+            patches.hook(self._stack.layers[self._start - 1], more)
+
+    @contextmanager
+    def catch_up(self, rows: int, length: int) -> Iterator[bool]:
+        """Whether replays inside the block can go on from a text of `rows` sequences with `length` tokens.
+
+        That is so if what was captured and what decoding handed up make that many: a prompt that `generate` read
+        itself is there twice, for example, and then the second reading counts.
+        """
+        self._following, later = False, self._later
+        first = self._stack.handed_up.get(self._start - 1)
+        parts = later if sum(_length(part) for part in later) == length else [_repeated(first, rows), *later]
+        there = all(isinstance(p, Tensor) and p.shape[0] == rows for p in parts)
+        if there and sum(p.shape[1] for p in parts) == length:
+            self._stack.handed_up[self._start - 1] = torch.cat(parts, 1)
+            later.clear()
+            yield True
+            self._following = True
+        else:
+            self.release()
+            yield False
+
+    def release(self) -> None:
+        """Forget everything that was kept."""
+        self._following = False
+        self._later.clear()
+        self._stack.handed_up.clear()
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -127,6 +166,15 @@ def _detached(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(_detached(o) for o in output)
     return output
+
+
+def _length(kept: Any) -> int:
+    return kept.shape[1] if isinstance(kept, Tensor) else 0
+
+
+def _repeated(kept: Any, rows: int) -> Any:
+    """One captured row for each of the neighbouring rows that a sequence became."""
+    return kept.repeat_interleave(rows // kept.shape[0], 0) if isinstance(kept, Tensor) else kept
 
 
 def _first(output: Any) -> Tensor:
