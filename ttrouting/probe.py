@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ttrouting.direct import find_direct
 from ttrouting.errors import UnsupportedModelError
 from ttrouting.interfaces import INTERFACES
 from ttrouting.patches import Patches
@@ -37,6 +38,7 @@ class _Sighting:
     router_topks: list[Tensor] = field(default_factory=list)  # inputs, [..., E]
     block_topks: list[Tensor] = field(default_factory=list)
     phase: str = "outside"  # outside | router | between
+    routed: tuple[Tensor, Any] | None = None  # what the router was given, [..., H], and what it returned
     ids: Tensor | None = None  # [N, K]
     weights: Tensor | None = None  # [N, K]
     scale: Tensor | None = None  # [E]
@@ -123,6 +125,7 @@ def _watch_block(candidate: Candidate, seen: _Sighting, patches: Patches) -> Non
             with _Watch(seen, "router"):
                 out = original(*args, **kwargs)
             seen.phase = "outside"
+            seen.routed = (args[0], out) if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
             if seen.linears and seen.linears[-1].dtype in HALF:
                 last = len(seen.linears) - 1
                 seen.upcast = _after_upcast(lambda: original(*args, **kwargs), out, last)
@@ -232,6 +235,9 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
     block_native = topk_in == "block" and native != torch.float32 and _block_scores_natively(seen, native)
     in_native = native == torch.float64 or (native in HALF and (seen.upcast == "fails" or block_native))
     edit_dtype = native if in_native else torch.float32
+    half_scores = native in HALF and not in_native and (seen.half_arithmetic or seen.upcast == "differs")
+    plain_one = candidate.interface == "experts" and topk_in == "router" and not half_scores and not skip
+    plain_one = plain_one and len(seen.linears) == 1 and topk_index == 0 and logits.shape[1] == num_experts
     return Site(
         name=name,
         index=index,
@@ -247,7 +253,8 @@ def _make_site(index: int, candidate: Candidate, seen: _Sighting) -> Site:
         interface=candidate.interface,
         edit_dtype=edit_dtype,
         least_columns=2 if hasattr(candidate.experts, "zero_expert_num") else 1,
-        half_scores=native in HALF and not in_native and (seen.half_arithmetic or seen.upcast == "differs"),
+        half_scores=half_scores,
+        direct=find_direct(candidate.router, *seen.routed, rule) if plain_one and seen.routed is not None else None,
         weight_dtype=weights.dtype,
         real_experts=real if skip else num_experts,
         limits=_limits(candidate, topk_in, skip, rule.scoring, edit_dtype),

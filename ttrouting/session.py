@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,7 @@ class Session:
         self._prompt_read = False
         self._position = mask.sum(1)  # [B] of the next token, once the prompt is read
         self._refilling = False
+        self._again = False  # a backward pass recomputes
         self._expected = torch.zeros((), dtype=torch.int64)
         self._counted = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
         self._patches = Patches()
@@ -141,7 +142,7 @@ class Session:
             self._begin, self._prompt_read = 0, False
         streams = self.plan.decoding.streams if self.plan.decoding is not None else 1
         valid, start = self._layout(tokens, batch, length)
-        rows = make_rows(batch * streams, length, self.sequences, valid, start, streams)
+        rows = make_rows(valid, self.sequences, start, streams)
         if streams > 1:
             kwargs = repeat_inputs(kwargs, batch, streams)
         out = self._run(original, rows, kwargs)
@@ -213,7 +214,7 @@ class Session:
             return self._run(self._forward, rows, self._reading(context, keep, use_cache))
 
     def _whole(self, context: Context) -> Rows:
-        return make_rows(context.ids.shape[0], context.ids.shape[1], self.sequences, context.mask, 0)
+        return make_rows(context.mask, self.sequences, 0)
 
     def _reading(self, context: Context, keep: Tensor | None, use_cache: bool) -> dict[str, Any]:
         inputs = {**self.context_inputs(context), "use_cache": use_cache}
@@ -221,9 +222,23 @@ class Session:
             inputs["logits_to_keep"] = keep
         return inputs
 
-    def tail(self, first: int) -> Tail:
-        """The layers from this site up, to be captured and replayed."""
-        return Tail(self.plan.target, first, self._forward)
+    def tail(self, first: int, recompute: bool = False) -> Tail:
+        """The layers from this site up, to be captured and replayed; `recompute` bounds memory (see `Tail`)."""
+        return Tail(self.plan.target, first, self._forward, self._recomputing if recompute else None)
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        """Layers that run again in a backward pass do so as in the forward that is running now, and count once."""
+        rows = self.rows
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            self.rows, self._again = rows, True
+            try:
+                yield
+            finally:
+                self.rows, self._again = None, False
+
+        return again()
 
     def follow(self, tail: Tail) -> None:
         """Keep what decoding hands up to a tail, until the end of the call. Not where decoding is compiled."""
@@ -279,7 +294,7 @@ class Session:
                 kwargs[name] = kwargs[name][:, -1:]
         kwargs |= {"past_key_values": copy.deepcopy(self.cache), "use_cache": True}
         last = context.mask[:, -1:]
-        rows = make_rows(last.shape[0], 1, self.sequences, last, context.mask.sum(1) - 1)
+        rows = make_rows(last, self.sequences, context.mask.sum(1) - 1)
         logits: Tensor = self._run(self._forward, rows, kwargs).logits
         return logits[:, -1]
 
@@ -338,7 +353,8 @@ class Session:
 
     def count(self, site: Site, tokens: int) -> None:
         """A router saw `tokens` tokens."""
-        self._counted[site.index].add_(tokens)
+        if not self._again:
+            self._counted[site.index].add_(tokens)
 
     def check_coverage(self) -> None:
         """Raise unless every site routed every token of every forward under the taps."""

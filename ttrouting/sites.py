@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttrouting.direct import DirectRouter
 from ttrouting.errors import NotMoEError, UnsupportedModelError
 from ttrouting.offload import check_loaded, resident
 from ttrouting.scoring import WeightRule
@@ -61,6 +62,7 @@ class Site:
         weight_dtype: dtype in which the experts expect their weights.
         real_experts: ids from here on stand for "no expert" once chosen (Zaya's skip expert).
         limits: what this layer cannot do, in words.
+        direct: the router as plain operations, where they give its bits; taps then need no function mode.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Site:
     weight_dtype: torch.dtype
     real_experts: int
     limits: tuple[str, ...] = ()
+    direct: DirectRouter | None = field(default=None, repr=False)
 
     @property
     def scoring(self) -> str:

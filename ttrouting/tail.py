@@ -7,17 +7,20 @@ the layers from the first edited one up; there is no gradient and no memory for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ttrouting.patches import Patches
 from ttrouting.probe import probe_tokens
 from ttrouting.sites import Site
 from ttrouting.target import Target
+
+Recompute = Callable[[], AbstractContextManager[None]]
 
 
 class _Stack:
@@ -60,9 +63,17 @@ class Tail:
         skipped: sites below, which a replay does not run.
     """
 
-    def __init__(self, target: Target, first: int, forward: Callable[..., Any]) -> None:
-        """`first`: index among the sites of the lowest layer that edits may touch. `forward`: the model's own."""
-        self._target, self._forward = target, forward
+    def __init__(
+        self, target: Target, first: int, forward: Callable[..., Any], recompute: Recompute | None = None
+    ) -> None:
+        """Made by `Session.tail`.
+
+        Args:
+            first: index among the sites of the lowest layer that edits may touch. forward: the model's own.
+            recompute: replays with a gradient keep no more than one layer's activations, and run each layer again
+                in the backward pass; inside the context that this gives.
+        """
+        self._target, self._forward, self._recompute = target, forward, recompute
         self._stack = _Stack(_decoder_layers(target.model, target.sites))
         self._lowest = self._layer_of(first)
         self._following = False
@@ -129,7 +140,16 @@ class Tail:
     def replay(self) -> Iterator[None]:
         """The forward inside the block runs the upper layers only."""
         with self._stack.replay(self._start):
-            yield
+            if self._recompute is None or not torch.is_grad_enabled():
+                yield
+                return
+            patches = Patches()
+            try:
+                for layer in self._stack.layers[self._start :]:
+                    patches.forward(layer, partial(_checkpointed, self._recompute))
+                yield
+            finally:
+                patches.undo()
 
     def _layer_of(self, first: int) -> int:
         """Number of the decoder layer that holds a site; 0 where layers are no list."""
@@ -147,6 +167,16 @@ class Tail:
                     again = self._forward(input_ids=tokens, use_cache=False)
             proven[name] = torch.equal(_first(whole), _first(again))
         return proven[name]
+
+
+def _checkpointed(recompute: Recompute, original: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(
+        checkpoint,
+        original,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), recompute()),
+    )
 
 
 def _decoder_layers(model: nn.Module, sites: list[Site]) -> list[nn.Module]:

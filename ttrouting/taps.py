@@ -127,6 +127,9 @@ class SiteTap:
             patches.pre_hook(self.site.experts, self._before_experts)
 
     def _make_router(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        direct = self._direct_router()
+        if direct is not None:
+            return direct(original)
         interface = INTERFACES[self.site.interface]
         in_arguments = self.site.interface == "experts"
 
@@ -146,6 +149,33 @@ class SiteTap:
             return self._report_native(out)
 
         return forward
+
+    def _direct_router(self) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+        """A forward of plain operations; None where the family needs a function mode, or something is in between."""
+        route, router, session = self.site.direct, self.site.router, self.session
+        # an offloaded weight comes with accelerate's forward; a caller's own forward is to run
+        if route is None or "forward" in vars(router) or router.weight.is_meta:
+            return None
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if session.rows is None or len(args) != 1 or kwargs:
+                    return original(*args, **kwargs)
+                self.call = Call(self.site)
+                self.native = self.edited = self.untouched = None
+                return route(router, args[0], self.on_logits, self._on_scores)
+
+            return forward
+
+        return make
+
+    def _on_scores(self, scores: Tensor) -> Tensor:
+        """Score tap of a direct router."""
+        if not self.session.edits_scores:
+            self.call.choice = scores
+            return scores
+        (edited,), _ = self.on_topk((scores,), {})
+        return cast(Tensor, edited)
 
     def _make_block(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
