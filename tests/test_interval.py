@@ -172,3 +172,68 @@ def test_the_end_of_the_text_is_known_from_either_option(olmoe64, prompts, lengt
     with ttr.adapt(olmoe64, rerouting(interval=7), no_harm=False) as adapted:
         adapted.generate(ids, do_sample=False, **length)
         (_only,) = adapted.report.sequences[0].strategies["rerouting"]["adaptations"]
+
+
+# --- what is not computed again ---------------------------------------------------------------------
+
+
+def attended(model, layer):
+    """Tokens `(rows, length)` that a layer's attention reads, call by call."""
+    seen = []
+    attention = model.model.layers[layer].self_attn
+    attention.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(tuple(kwargs["hidden_states"].shape[:2])), with_kwargs=True
+    )
+    return seen
+
+
+LAST = {"layers": "last:1", "interval": EVERY, "steps": 3, "lr": 0.1}
+
+
+def test_layers_below_the_adapted_one_read_the_text_once(prompts):
+    """And its last token again where a next-token distribution is asked for: before and after each adaptation."""
+    model = build("olmoe", dtype=torch.float64)
+    model.set_experts_implementation("eager")
+    model.generation_config.eos_token_id = None
+    ids = prompts(20, 17)
+    low, high = attended(model, 0), attended(model, -1)
+    with ttr.adapt(model, ttr.Rerouting(**LAST), no_harm=False) as adapted:
+        low.clear()
+        high.clear()
+        adapted.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=2 * EVERY + 1, do_sample=False)
+        phases = [len(s.strategies["rerouting"]["adaptations"]) for s in adapted.report.sequences]
+    assert phases == [3, 3]
+    whole = [shape for shape in low if shape != (2, 1) and shape[0] == 2]
+    assert whole == [(2, 19)]
+    # at each phase: once as it was (the first time with all layers), three steps, once as it is
+    tail = [shape for shape in high if shape != (2, 1) and shape[0] == 2]
+    assert tail == [(2, 19)] * 5 + [(2, 19 + EVERY)] * 5 + [(2, 19 + 2 * EVERY)] * 5
+    assert low.count((2, 1)) == 2 * 3 + 2 * EVERY + 1
+
+
+@pytest.mark.parametrize("no_harm", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"refresh_kv": False}, {"layers": "highest:0.3"}])
+def test_the_short_way_equals_the_long_one(prompts, monkeypatch, changes, no_harm):
+    model = build("olmoe", dtype=torch.float64)
+    model.set_experts_implementation("eager")
+    model.generation_config.eos_token_id = None
+    ids = prompts(40, 33)
+    call = {"attention_mask": (ids != 0).long(), "max_new_tokens": 2 * EVERY + 2, "do_sample": False}
+    call |= {"return_dict_in_generate": True, "output_logits": True}
+    found = []
+    for long in (False, True):
+        if long:  # no cache is handed over, and nothing is followed
+            monkeypatch.setattr("ttrouting.adaptive.can_hand_over", lambda *_: False)
+        options = {**LAST, **changes, "recompute": changes.get("recompute", False) and not long}
+        with ttr.adapt(model, ttr.Rerouting(**options), no_harm=no_harm) as adapted:
+            out = adapted.generate(ids, **call)
+            delta = adapted.state.tensors["rerouting"]["delta"]
+            outcomes = [s.strategies["rerouting"]["adaptations"] for s in adapted.report.sequences]
+            found.append((out, delta, [[p["outcome"][:8] for p in phases] for phases in outcomes]))
+    (short, mine, told), (long_way, plain, expected) = found
+    assert told == expected
+    assert torch.allclose(mine, plain, atol=1e-9)
+    assert plain.any()
+    assert torch.equal(short.sequences, long_way.sequences)
+    for a, b in zip(short.logits, long_way.logits, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)  # transformers casts logits to fp32

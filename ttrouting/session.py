@@ -370,7 +370,7 @@ class Session:
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether a tensor with entries is among (nested) attributes."""
+    """Whether a tensor with entries is among (nested) attributes; a single number is a setting (a window's size)."""
     if isinstance(value, Tensor):
-        return value.numel() > 0
+        return value.dim() > 0 and value.numel() > 0
     return isinstance(value, dict) and any(_holds_something(v) for v in value.values())
