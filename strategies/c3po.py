@@ -132,7 +132,8 @@ class C3PO(RoutingStrategy):
     def to_dict(self) -> dict[str, Any]:
         """As every strategy's; a set is named by its folder, an embedder by its name."""
         where = str(self.refset.path) if isinstance(self.refset, ReferenceSet) else str(self.refset)
-        name = self.embedder if self.embeds is None or isinstance(self.embedder, str) else self.embeds.name
+        named = self.embedder is None or isinstance(self.embedder, str)
+        name = self.embedder if named else as_embedder(self.embedder).name
         return {**super().to_dict(), "refset": where, "embedder": name}
 
     def first_layer(self, layers: int) -> int:

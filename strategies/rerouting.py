@@ -52,6 +52,8 @@ class Rerouting(RoutingStrategy):
             `assistant` for the assistant turns of the chat template. Both need a tokenizer.
         kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts.
         seed: for `layers="random:R"`.
+        recompute: keep the activations of one layer instead of all that are run, and compute them again in the
+            backward pass: one more forward of these layers a step, bounded memory.
     """
 
     name: ClassVar[str] = "rerouting"
@@ -68,6 +70,7 @@ class Rerouting(RoutingStrategy):
     loss_on: str = "all"
     kl_limit: float = 5.0
     seed: int = 0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         in_range(self.name, "steps", self.steps, 0, 10_000, whole=True)
@@ -76,8 +79,9 @@ class Rerouting(RoutingStrategy):
             in_range(self.name, "interval", self.interval, 1, whole=True)
         one_of(self.name, "optimizer", self.optimizer, OPTIMIZERS)
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
-        if not isinstance(self.refresh_kv, bool):
-            raise ConfigError(f"rerouting.refresh_kv must be True or False, got {self.refresh_kv!r}.")
+        for option in ("refresh_kv", "recompute"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"rerouting.{option} must be True or False, got {getattr(self, option)!r}.")
         in_range(self.name, "seed", self.seed, 0, whole=True)
         check_loss_on(self.loss_on)
         object.__setattr__(self, "layers", str(LayerRule.parse(self.layers)))
@@ -195,7 +199,7 @@ class ReroutingRun(RoutingRun):
             self._note(context, active, enough, None)
             return None
         old = self.delta
-        tail = decoding or session.tail(self.rule.lowest(len(session.sites)))
+        tail = decoding or session.tail(self.rule.lowest(len(session.sites)), options.recompute)
         opening = Opening(session, context, tail, decoding is not None)
         with summarise(session) as base:
             losses, log_before = opening.begin()
