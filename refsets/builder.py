@@ -87,6 +87,8 @@ def build(
     recipe, folder = Recipe(**options), Path(out).expanduser()
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"build needs a loaded model that is not adapted, got {model!r}.")
     check_model_call(model)
     source = data if isinstance(data, Source) else open_source(data, subset=subset, split=split, limit=recipe.limit)
     target = Target(model, find_sites(model), tokenizer)

@@ -22,7 +22,7 @@ from ttrouting.refsets.vectors import CHUNK, Floats, Vectors
 
 KINDS = ("flat", "hnsw", "ivfpq")
 # measured in docs/refsets.md
-FLAT_UP_TO = 50_000
+FLAT_UP_TO = 100_000
 HNSW_UP_TO = 500_000
 
 CANDIDATES = 64  # proposed at least, to be measured again

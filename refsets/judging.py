@@ -94,8 +94,8 @@ class Judge:
             read_answers(self._target, *zip(*pairs[start : start + self._batch_size], strict=True))
             for start in range(0, len(pairs), self._batch_size)
         ]
-        first = np.cumsum([0] + [len(a.answers) for a in asked[:-1]])  # [n] row of each question's first choice
-        rows = first + np.array([a.right for a in asked])
+        # [n] row of each question's first choice; what is read at the prompt is the same in all of its rows
+        first = np.cumsum([0] + [len(a.answers) for a in asked[:-1]])
         if self._recipe.judge == "choice":
             correct = self._best_choice(asked, _joined(readings, "log_likelihood"), first)
         elif self._recipe.judge == "regex":
@@ -103,8 +103,8 @@ class Judge:
         else:
             # generate stops at the first end of a text: an answer with one inside is never written
             whole = [self._endings.isdisjoint(a.answers[a.right][:-1]) for a in asked]
-            correct = _joined(readings, "greedy")[rows] & np.array(whole)
-        return Judged(correct, _joined(readings, "omega")[rows], _joined(readings, "pooled")[rows])
+            correct = _joined(readings, "greedy")[first] & np.array(whole)
+        return Judged(correct, _joined(readings, "omega")[first], _joined(readings, "pooled")[first])
 
     def _best_choice(
         self, asked: Sequence[Asked], likelihood: NDArray[Any], first: NDArray[np.int64]

@@ -3,10 +3,13 @@
 The models are random: nothing here says whether a strategy helps.
 """
 
+import functools
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families.build import build
 from oracles.double import InDouble
+from ttrouting import refsets
 
 State = dict[str, Any]
 
@@ -96,6 +100,36 @@ def tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         chat_template=CHATML,
     )
+
+
+@pytest.fixture(scope="session")
+def references(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`references(family="olmoe")`: the folder of a reference set of the tiny model, made once.
+
+    24 questions of random letters in lower case; every second one is answered by what the model itself writes, the
+    others (but by chance) wrongly.
+    """
+
+    @functools.cache
+    def make(family: str = "olmoe", embedder: Any = "model") -> Path:
+        model, draw = build(family), random.Random(1)
+        rows: list[dict[str, str]] = []
+        while len(rows) < 24:
+            question = "".join(draw.choice(LETTERS[1:]) for _ in range(draw.randint(4, 14))).lower()
+            answer = "".join(draw.choice(LETTERS[1:]) for _ in range(draw.randint(1, 4)))
+            if len(rows) % 2:
+                ids = tokenizer(question, return_tensors="pt")["input_ids"]
+                more = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+                answer = tokenizer.decode(more[0, ids.shape[1] :])
+                if "<" in answer:  # a special token, which would not be read back as it was written
+                    continue
+            rows.append({"q": question, "a": answer, "n": str(len(rows))})
+        folder = tmp_path_factory.mktemp("references") / family
+        return refsets.build(
+            model, tokenizer, rows, folder, embedder=embedder, prompt="{q}", answer="{a}", task="{n}", keep="all"
+        ).path
+
+    return make
 
 
 def _sha(tensor: Tensor) -> str:

@@ -151,7 +151,7 @@ def test_a_folder_holds_json_and_safetensors_and_nothing_else(tmp_path):
     folder = ttr.save(tmp_path / "mask", [make() for make in EXAMPLES.values()])
     manifest, tensors = sorted(folder.iterdir(), key=lambda f: f.suffix)
     assert json.loads(manifest.read_text())["schema"] == 1
-    assert set(safetensors.torch.load_file(tensors)) == {"3/mask", "4/delta", "4/mask"}
+    assert set(safetensors.torch.load_file(tensors)) == {"4/mask", "5/delta", "5/mask"}
 
 
 def test_saving_again_replaces_everything_and_only_its_own(tmp_path):
