@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-core
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-lint: $(VENV)/.installed-lint build/mypy/ttrouting/strategies build/mypy/ttrouting/refsets
+lint: $(VENV)/.installed-lint $(addprefix build/mypy/ttrouting/,strategies refsets baselines)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy | sed 's#^build/mypy/ttrouting/##'
@@ -39,9 +39,10 @@ clean:
 	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # mypy does not follow setuptools' package-dir, so it is shown the mapped folders where they are imported from.
+build/mypy/ttrouting/baselines: MAPPED := demos/baselines
 build/mypy/ttrouting/%:
 	@mkdir -p $(@D)
-	@ln -sfn ../../../$* $@
+	@ln -sfn ../../../$(or $(MAPPED),$*) $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No python3 was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }

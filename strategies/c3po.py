@@ -93,7 +93,12 @@ class C3PO(RoutingStrategy):
         for option, low, high in (("lr", 0, 100), ("eps", 0, 2), ("alpha", 0, 1), ("sigma", 0, float("inf"))):
             value = getattr(self, option)
             if value is not None:
-                in_range(self.name, option, value, low, high, open_low=option == "sigma")
+                in_range(self.name, option, value, low, high, open_low=option in ("eps", "sigma"))
+        if self.eps is not None and self.surrogate == "mode_finding":
+            raise ConfigError(
+                "c3po.eps is a distance of embeddings, and surrogate='mode_finding' looks for neighbours in pathway "
+                "space. Leave eps out, or use kernel_regression."
+            )
         rule = LayerRule.parse(self.layers)
         if rule.kind not in ("last", "all"):
             raise ConfigError(f"c3po.layers must be 'last:N' or 'all', got {self.layers!r}.")
@@ -111,7 +116,7 @@ class C3PO(RoutingStrategy):
                 "c3po.labels are the sequences' own answers: surrogate='oracle' needs them, no other may have them."
             )
         if self.labels is not None:
-            object.__setattr__(self, "labels", tuple(self.labels))
+            object.__setattr__(self, "labels", _checked_labels(self.labels))
 
     @property
     def identity(self) -> bool:
@@ -130,10 +135,10 @@ class C3PO(RoutingStrategy):
         return None if self.embedder is None else as_embedder(self.embedder)
 
     def to_dict(self) -> dict[str, Any]:
-        """As every strategy's; a set is named by its folder, an embedder by its name."""
+        """As every strategy's; a set is named by its folder, an embedder by its name: a function is given again."""
         where = str(self.refset.path) if isinstance(self.refset, ReferenceSet) else str(self.refset)
         named = self.embedder is None or isinstance(self.embedder, str)
-        name = self.embedder if named else as_embedder(self.embedder).name
+        name = self.embedder if named else as_embedder(self.embedder).name.removeprefix("sentence-transformers:")
         return {**super().to_dict(), "refset": where, "embedder": name}
 
     def first_layer(self, layers: int) -> int:
@@ -176,17 +181,36 @@ class C3PO(RoutingStrategy):
         return self.surrogate in ("ngd", "oracle") or self.alpha is None or target.no_harm
 
     def _check_references(self, target: Target) -> None:
-        references = self.references
-        references.check_model(target.fingerprint)
-        made_with = references.embedder_name
-        if made_with == "model" and self.embedder is not None:
-            raise ConfigError("c3po.embedder: this reference set was embedded by the model itself. Leave it out.")
-        if made_with != "model" and self.embedder is None:
-            raise ConfigError(f"c3po.embedder: this reference set was embedded by {made_with}. Give it: embedder=...")
-        if self.embeds is not None and self.embeds.dimension != references.dimension:
+        self.references.check_model(target.fingerprint)
+        self._check_embedder()
+        counts = self.references.manifest["counts"]
+        usable, wanted = counts["records" if self.use == "all" else "correct"], self.k + target.no_harm
+        if self.eps is None and wanted > usable:
+            judge = " and one more to judge by (no_harm)" if target.no_harm else ""
+            kind, other = ("", "") if self.use == "all" else ("successful ", ", or use='all'")
             raise ConfigError(
-                f"c3po.embedder gives {self.embeds.dimension} numbers a text, this reference set has "
-                f"{references.dimension} (from {made_with}). Give that embedder."
+                f"c3po.k={self.k} asks for {self.k} neighbours{judge}; this reference set has {usable} {kind}"
+                f"references. Use a smaller k or a larger set{other}."
+            )
+
+    def _check_embedder(self) -> None:
+        made_with, dimension = self.references.embedder_name, self.references.dimension
+        if made_with == "model":
+            if self.embedder is not None:
+                raise ConfigError("c3po.embedder: this reference set was embedded by the model itself. Leave it out.")
+            return
+        if self.embedder is None:
+            raise ConfigError(f"c3po.embedder: this reference set was embedded by {made_with}. Give it: embedder=...")
+        if isinstance(self.embedder, str) and self.embedder.startswith("callable:"):
+            raise ConfigError(
+                f"c3po.embedder is the name of a function, {self.embedder!r}, as a file keeps it. Give the function "
+                "itself: dataclasses.replace(strategy, embedder=function)."
+            )
+        embeds = self.embeds
+        if embeds is not None and (embeds.name, embeds.dimension) != (made_with, dimension):
+            raise ConfigError(
+                f"c3po.embedder is {embeds.name} with {embeds.dimension} numbers a text, this reference set was "
+                f"embedded by {made_with} with {dimension}. Give that one, or an object of this name and dimension."
             )
 
     def start(self, session: Session) -> RoutingRun:
@@ -194,3 +218,12 @@ class C3PO(RoutingStrategy):
         from ttrouting.strategies.c3po_run import C3PORun
 
         return C3PORun(self, session)
+
+
+def _checked_labels(labels: Any) -> tuple[str, ...]:
+    """Text is a sequence of texts too, each a letter long: it is not taken for the answers of so many sequences."""
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label for label in labels):
+        raise ConfigError(
+            f"c3po.labels is a list of answers, one for each sequence and none of them empty; got {labels!r}."
+        )
+    return tuple(labels)

@@ -152,9 +152,13 @@ class C3PORun(RoutingRun):
         options = self.strategy
         first = RATES[options.scope] if options.lr is None else options.lr
         rates = cosine_rates(first, min(END_RATE, first), options.steps)
-        scores = options.scope == "last_prompt_token"  # they stay above 0
-        project = (lambda value: value.clamp_min(SMALLEST)) if scores else None
+        project = self._to_scores if options.scope == "last_prompt_token" else None
         return descend(lambda v: answers.weighted(answers.losses(v)), start, rates, core.to(start), project=project)
+
+    def _to_scores(self, value: Tensor) -> Tensor:
+        """`[B, L, E]` in the range of scores: above 0, and below 1 for sigmoids. Beyond it there is no gradient."""
+        highest = [1 - SMALLEST if s.scoring == "sigmoid" else float("inf") for s in self.session.sites]
+        return torch.minimum(value.clamp_min(SMALLEST), value.new_tensor(highest)[:, None])
 
     def _mix(
         self, near: Neighbourhood, answers: _Answers | None, omega: Tensor, core: Tensor

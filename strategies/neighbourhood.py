@@ -107,12 +107,18 @@ def ask(options: C3PO, target: Target, context: Context, recorder: PathwayRecord
             query, count, use=options.use, max_similarity=similar, eps=options.eps, index=options.index
         )
     there = (found.index >= 0).sum(1)  # [B]
+    found = _first(found, max(1, int(there.max())))  # an eps-ball may hold far fewer than were asked for
     fitted = np.arange(found.index.shape[1]) < (there - target.no_harm)[:, None]  # [B, m]
     weights = kernel_weights(options.kernel, replace(found, index=np.where(fitted, found.index, -1)), options.sigma)
     held = there - 1 if target.no_harm else np.full_like(there, -1)
     return Neighbourhood(
         references, found, torch.from_numpy(weights).to(omega), torch.from_numpy(held).to(omega.device)
     )
+
+
+def _first(found: Neighbours, count: int) -> Neighbours:
+    """The nearest `count` of each list."""
+    return Neighbours(found.index[:, :count], found.similarity[:, :count], found.distance[:, :count])
 
 
 def neighbours_texts(near: Neighbourhood, target: Target, device: torch.device) -> AnsweredTexts:

@@ -127,3 +127,56 @@ def test_layers_that_exchange_more_than_a_hidden_state_are_all_run(double, promp
         replayed = session.read(context, None, tail).logits
     session.check_coverage()
     assert torch.allclose(replayed, whole_logits(double, context, after), atol=1e-6)
+
+
+def test_what_layers_leave_aside_for_others_is_found_though_it_stays_there(double, prompts):
+    """Layer 3 adds what layer 0 last computed. A replay of the text that was read last would not show it."""
+    aside = {}
+    double.model.layers[0].self_attn.register_forward_hook(lambda _m, _a, out: aside.update(value=out[0]))
+
+    def add(_module, _args, out):
+        return (out[0] + 0.1 * aside["value"], *out[1:])
+
+    double.model.layers[3].self_attn.register_forward_hook(add)
+    before, after = deltas(double, 2)
+    session, context = session_of(double, prompts(12), before)
+    with torch.no_grad(), session.installed():
+        tail = session.tail(2)
+        assert tail.skipped == []
+        with tail.capture():
+            session.read(context)
+        session.read(Context(context.ids.flip(1), context.mask, context.mask))  # as a neighbour's text may be
+        session.runs[0].delta = after.expand(1, -1, -1)
+        replayed = session.read(context, None, tail).logits
+    session.check_coverage()
+    assert torch.allclose(replayed, whole_logits(double, context, after), atol=1e-6)
+
+
+FAMILIES = [
+    "olmoe",
+    "mixtral",
+    "deepseek_v3",
+    "gemma4_text",
+    "jamba",
+    "qwen3_next",
+    "nemotron_h",
+    "deepseek_v4",
+    "zaya",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replay_under_the_same_edits_gives_every_bit(family, prompts, untouched):
+    """Of a left-padded batch, from every MoE layer up."""
+    model = build(family)
+    sites = find_sites(model)
+    delta = torch.randn(len(sites), sites[0].num_experts, generator=torch.Generator().manual_seed(0))
+    session, context = session_of(model, prompts(12, 12) if family == "deepseek_v4" else prompts(12, 9), delta)
+    with untouched(model), torch.no_grad(), session.installed():
+        for first in range(len(sites)):
+            tail = session.tail(first)
+            with tail.capture():
+                whole = session.read(context).logits
+            assert torch.equal(session.read(context, None, tail).logits[context.mask], whole[context.mask])
+            assert len(tail.skipped) == first, "run whole: the test cannot tell"
+    session.check_coverage()

@@ -163,6 +163,8 @@ class Tail:
             with torch.no_grad():
                 with stack.capture(start):
                     whole = self._forward(input_ids=tokens, use_cache=False)
+                # what layers leave for others outside of what they hand up is another text's from here on
+                self._forward(input_ids=tokens.flip(1), use_cache=False)
                 with stack.replay(start):
                     again = self._forward(input_ids=tokens, use_cache=False)
             proven[name] = torch.equal(_first(whole), _first(again))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ttrouting.cli import calibrate, demo, generate, refset, sites, strategies
+from ttrouting.cli import bench, calibrate, demo, generate, refset, sites, strategies
 from ttrouting.cli.options import DEBUG
 from ttrouting.cli.output import Output, encode_anything
 from ttrouting.errors import ArtefactError, CompositionError, ConfigError, TTRoutingError
@@ -70,6 +70,7 @@ app.command("demo")(demo.command)
 app.command("generate")(generate.command)
 app.command("sites")(sites.command)
 app.command("calibrate")(calibrate.command)
+app.command("bench")(bench.command)
 app.command("strategies")(strategies.command)
 app.add_typer(refset.group, name="refset")
 
