@@ -119,7 +119,7 @@ def test_options_out_of_range_are_named(options, words):
         ({"k": 20}, False, r"has 1\d successful references\. Use a smaller k or a larger set, or use='all'\."),
         ({"embedder": letters}, False, r"embedded by the model itself\. Leave it out"),
     ],
-    ids=str,
+    ids=["core_experts", "k", "k and one to judge by", "successful", "embedder"],
 )
 def test_a_set_that_does_not_fit_the_options(olmoe, folder, tokenizer, untouched, options, no_harm, words):
     with untouched(olmoe), pytest.raises(ConfigError, match=words):
@@ -302,7 +302,7 @@ def test_an_embedder_of_ones_own_class(olmoe, counted, tokenizer, tmp_path):
         ("callable:letters", r"name of a function.*dataclasses\.replace\(strategy, embedder=function\)"),
         (5, r"An embedder is the name of a sentence-transformers model, a function or an object"),
     ],
-    ids=str,
+    ids=["none", "another function", "another dimension", "another name", "a function's name", "a number"],
 )
 def test_another_embedder_than_the_sets(olmoe, counted, tokenizer, embedder, words):
     with pytest.raises(ConfigError, match=words):

@@ -90,3 +90,34 @@ def test_a_head_that_looks_at_its_neighbours_is_not_cut():
     with torch.no_grad():
         expected = F.cross_entropy(model(input_ids=ids).logits[0, :-1], labels)
     assert found == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["last_prompt_token", "all"])
+def test_nor_does_c3po_of_its_prompt_and_answers(monkeypatch, tokenizer, scope):
+    """The answer has 30 tokens; two sequences are predicted side by side."""
+    model = build("olmoe", vocab_size=V)
+    monkeypatch.setattr(head, "CHUNK", 6 * V)
+    strategy = ttr.C3PO(surrogate="oracle", labels=("a" * 30, "b" * 25), steps=2, scope=scope)
+    ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    with ttr.adapt(model, strategy, tokenizer=tokenizer) as adapted, Widest() as widest:
+        adapted.generate(ids, max_new_tokens=2, do_sample=False)
+        assert adapted.report.sequences[0].strategies["c3po"]["outcome"] == "accepted"
+    assert 0 < widest.rows <= 6
+
+
+def test_c3po_with_a_head_that_looks_at_its_neighbours(tokenizer):
+    """Then logits are made whole, and nothing is handed over; the loss is that of the model's own logits."""
+    model = build("olmoe")
+    model.generation_config.eos_token_id = None
+    model.lm_head.register_forward_hook(lambda _m, _a, out: out + 0.1 * out.mean(1, keepdim=True))
+    ids = torch.tensor([tokenizer("what is it")["input_ids"]])
+    answer = tokenizer(" it is")["input_ids"]
+    strategy = ttr.C3PO(surrogate="oracle", labels=(" it is",), steps=2, scope="all", layers="all")
+    with ttr.adapt(model, strategy, tokenizer=tokenizer) as adapted:
+        adapted.generate(ids, max_new_tokens=2, do_sample=False)
+        note = adapted.report.sequences[0].strategies["c3po"]
+    with torch.no_grad():
+        logits = model(torch.cat([ids, torch.tensor([answer])], 1)).logits[0, ids.shape[1] - 1 : -1]
+    expected = float(F.cross_entropy(logits, torch.tensor(answer)))
+    assert note["loss_before"] == pytest.approx(expected, abs=1e-4)
+    assert note["loss_after"] < note["loss_before"]
