@@ -1,6 +1,6 @@
 """C3PO: expert weights of a sample, mixed anew from those of its successful neighbours (arXiv 2504.07964).
 
-What happens during a call is in `c3po_run.py`, retrieval in `neighbourhood.py`, the arithmetic in `surrogates.py`.
+What happens during a call is in `_c3po_run.py`, retrieval in `_neighbourhood.py`, the arithmetic in `_surrogates.py`.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class C3PO(RoutingStrategy):
 
     def start(self, session: Session) -> RoutingRun:
         """Nothing is overridden before neighbours were asked."""
-        from ttrouting.strategies.c3po_run import C3PORun
+        from ttrouting.strategies._c3po_run import C3PORun
 
         return C3PORun(self, session)
 

@@ -20,7 +20,7 @@ from ttrouting.bench.expected import DECODE, FIRST, MEMORY, expected
 from ttrouting.bench.measure import LiveBytes, Spread, interleaved, peak_bytes
 from ttrouting.bench.models import FAMILIES, Spec
 from ttrouting.bench.run import cut_prompts, random_prompts
-from ttrouting.bench.versions import ALL_LAYERS, BARE, STRAIGHTFORWARD, contenders, readings
+from ttrouting.bench.versions import ADAPTED, ALL_LAYERS, BARE, STRAIGHTFORWARD, contenders, readings
 from ttrouting.cli import app
 from ttrouting.cli.bench import make_groups
 from ttrouting.errors import ConfigError
@@ -62,7 +62,12 @@ def bare_ids(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("no_harm", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{"layers": "last:2"}, {"layers": "all"}, {"layers": "highest:0.5"}, {"layers": "last:2", "interval": 4}],
+    [
+        {"layers": "all"},
+        {"layers": "highest:0.5"},
+        {"layers": "last:2", "interval": 4},
+        {"layers": "highest:0.5", "interval": 4},
+    ],
     ids=lambda o: "-".join(str(v) for v in o.values()),
 )
 def test_rerouting_equals_full_forwards_and_backwards(double: Any, options: dict[str, Any], no_harm: bool) -> None:
@@ -321,22 +326,32 @@ def test_expected_bounds_follow_the_report() -> None:
     groups = {
         "rerouting": [ttr.Rerouting(layers="last:2")],
         "dynamic_k": [ttr.DynamicK(p=0.3)],
+        "scmoe": [ttr.SCMoE()],
         "both": [ttr.Rerouting(), ttr.DynamicK()],
     }
     with contenders(model, groups, no_harm=False) as found:
         shape = bounds.Shape.of(model, found[0].adapted.sites)
         for contender in found:
             contender.adapted.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-        rerouting, dynamic_k, both = (expected(c, shape, 40, 2, 2) for c in found)
+        rerouting, dynamic_k, scmoe, both = (expected(c, shape, 40, 2, 2) for c in found)
         count = bounds.Rerouting(shape, 40, 5, first=1, known=True, no_harm=False)
-        assert rerouting[FIRST, STRAIGHTFORWARD] == pytest.approx(count.ours / count.straightforward(1))
-        assert rerouting[FIRST, ALL_LAYERS] == pytest.approx(count.ours / count.straightforward(0))
-        assert rerouting[FIRST, BARE] == pytest.approx(count.ours / shape.forward(40, 1))
-        assert rerouting[DECODE, BARE] == 1
+        of_one = {version: rerouting[FIRST, version] / 2 for version in (ADAPTED, STRAIGHTFORWARD, ALL_LAYERS, BARE)}
+        assert of_one == {
+            ADAPTED: count.ours,
+            STRAIGHTFORWARD: count.straightforward(1),
+            ALL_LAYERS: count.straightforward(0),
+            BARE: shape.forward(40, 1),
+        }
+        assert rerouting[DECODE, ADAPTED] == rerouting[DECODE, BARE] == shape.read(2, 41)
         layers = [s.experts_per_layer for s in found[1].adapted.report.sequences]
         k = [(a + b) / 2 for a, b in zip(*layers, strict=True)]
-        assert dynamic_k[FIRST, BARE] == pytest.approx(shape.forward(40, 1, k) / shape.forward(40, 1))
-        assert dynamic_k[FIRST, BARE] < 1
+        assert dynamic_k[FIRST, ADAPTED] == pytest.approx(2 * shape.forward(40, 1, k))
+        assert dynamic_k[FIRST, ADAPTED] < dynamic_k[FIRST, BARE] == dynamic_k[FIRST, STRAIGHTFORWARD]
+        assert dynamic_k[DECODE, ADAPTED] == pytest.approx(shape.read(2, 41, k))
+        both_rows = shape.forward(40, 1) + shape.forward(40, 1, [1, 1, 1])
+        assert scmoe[FIRST, ADAPTED] == scmoe[FIRST, STRAIGHTFORWARD] == 2 * both_rows
+        assert scmoe[DECODE, ADAPTED] == shape.read(2, 41, rows=2)
+        assert scmoe[DECODE, STRAIGHTFORWARD] == shape.read(2, 41) + shape.read(2, 41, [1, 1, 1])
         assert both == {}
 
 
@@ -360,6 +375,7 @@ def test_the_command_reports_every_comparison() -> None:
     for result in found["results"]:
         assert result["model"] == TINY
         assert len(result["outcomes"]) == 2
+        assert all(count > 0 for count in result["counts"].values())
         pairs = [(c["against"], c["quantity"]) for c in result["comparisons"]]
         assert pairs == [(v, q) for v in (BARE, STRAIGHTFORWARD) for q in (FIRST, DECODE, MEMORY)]
         for comparison in result["comparisons"]:

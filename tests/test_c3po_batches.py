@@ -161,7 +161,6 @@ CALLS = {
     "static cache": {"cache_implementation": "static"},
     "prompt in chunks": {"prefill_chunk_size": 4},
     "no cache": {"use_cache": False},
-    "beams": {"num_beams": 3},
     "beams, copies": {"num_beams": 3, "num_return_sequences": 2},
     "sampled copies": {"num_return_sequences": 2, "do_sample": True, "temperature": 2.0},
 }
@@ -270,8 +269,7 @@ WAYS = {
 
 
 @pytest.mark.usefixtures("true_double")
-@pytest.mark.parametrize("no_harm", [False, True])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("name", "no_harm"), [("all tokens", False), *((name, True) for name in WAYS)])
 def test_a_batch_equals_its_sequences_one_by_one(model, folder, tokenizer, name, no_harm):
     prompts, told = texts(9, 5, 12, seed=6), set()
     with adapt(model, tokenizer, c3po(folder, **WAYS[name]), no_harm) as adapted:
@@ -426,8 +424,7 @@ OTHERS = {
 
 
 @pytest.mark.usefixtures("true_double")
-@pytest.mark.parametrize("scope", ["last_prompt_token", "all"])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("name", "scope"), [("rerouting", "all"), *((name, "last_prompt_token") for name in OTHERS)])
 def test_beside_other_strategies_the_cache_holds_what_a_whole_forward_gives(model, folder, tokenizer, name, scope):
     inputs = batch(tokenizer, texts(18, 20, seed=30))
     with adapt(model, tokenizer, [*OTHERS[name](), c3po(folder, scope=scope)]) as adapted:
@@ -528,8 +525,11 @@ def test_a_state_of_other_shape_is_refused(olmoe, folder, tokenizer):
 # --- cost -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
-@pytest.mark.parametrize("surrogate", ["ngd", "kernel_regression"])
+@pytest.mark.parametrize(
+    ("surrogate", "call"),
+    [("ngd", {}), ("ngd", {"num_beams": 2}), ("kernel_regression", {"num_return_sequences": 2, "do_sample": True})],
+    ids=str,
+)
 def test_the_prompt_is_read_once_and_neighbours_once_below_the_critical_layers(
     olmoe64, folder, tokenizer, call, surrogate
 ):

@@ -171,7 +171,8 @@ def first(ttr):
     for info in ttr.list_strategies():
         try:
             strategy = info.cls()
-        except ttr.ConfigError:
+            ttr.adapt(model, strategy).close()
+        except (ttr.ConfigError, ttr.ArtefactError):  # needs options, or references of a model
             continue
         if not strategy.identity and info.kind == "routing":
             return strategy

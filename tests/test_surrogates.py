@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ttrouting.descent import descend
-from ttrouting.strategies.surrogates import core_experts, cosine_rates, mean_pathway, search_alpha
+from ttrouting.strategies._surrogates import core_experts, cosine_rates, mean_pathway, search_alpha
 
 B, L, E = 5, 3, 7
 

@@ -39,7 +39,7 @@ def generate(
 
     Args:
         steps, lr: of Adam, each time. interval: tokens between two optimisations; None for one alone.
-        layers: `all`, `last:N`, or `highest:R`: the share R of layers with the highest confidence moves.
+        layers: `all`, `last:N`, or `highest:R`: the share R of layers that are most confident on the prompt moves.
         no_harm: hold back the last quarter of the loss tokens, and keep only deltas that help there. Not in the
             paper; with it the comparison is like with like.
         arguments: go to `model.generate`.
@@ -53,9 +53,10 @@ def generate(
         dtype=torch.promote_types(home.dtype, torch.float32),
         device=ids.device,
     )
+    move: Tensor | None = None
     left = new_tokens
     while left:
-        delta = optimise(model, ids, delta, steps, lr, layers, no_harm)
+        delta, move = optimise(model, ids, delta, move, steps, lr, layers, no_harm)
         now = min(left, interval or left)
         with shifted(model, delta):
             ids = model.generate(
@@ -71,15 +72,18 @@ def generate(
 
 
 def optimise(
-    model: Any, ids: Tensor, start: Tensor, steps: int, lr: float, layers: str, no_harm: bool = False
-) -> Tensor:
-    """The deltas `[B, L, E]` after `steps` steps from `start` on the text `ids [B, T]`."""
+    model: Any, ids: Tensor, start: Tensor, move: Tensor | None, steps: int, lr: float, layers: str, no_harm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The deltas `[B, L, E]` after `steps` steps from `start` on the text `ids [B, T]`.
+
+    Args:
+        move: `[B, L]` bool, layers that were chosen before; None to choose them now. Returned too.
+    """
     count = start.shape[1]
     kind, _, amount = layers.partition(":")
     first = max(0, count - int(amount)) if kind == "last" else 0
     # layers that may not move get no gradient, so autograd keeps no graph below the first that may
     parts = [start[:, i].clone().requires_grad_(i >= first) for i in range(count)]
-    move = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
     optimiser = torch.optim.Adam(parts[first:], lr=lr)
     held = max(8, (ids.shape[1] - 1) // 4) if no_harm else 0
     fit = ids.shape[1] - 1 - held
@@ -89,28 +93,26 @@ def optimise(
             confidence: list[Tensor] = []
             with shifted(model, parts, confidence):
                 logits = model(ids, use_cache=False).logits  # [B, T, V]
-            if before is None:
-                before = logits.detach()
-                if kind == "highest":
-                    move = most_confident(torch.stack(confidence, 1), float(amount))
+            before = logits.detach() if before is None else before
+            if kind == "highest" and move is None:
+                move = most_confident(torch.stack(confidence, 1), float(amount))
             losses = token_losses(logits, ids)  # [B, T - 1]
             optimiser.zero_grad()
             losses[:, :fit].mean(1).sum().backward()
-            if kind == "highest":
-                for i, part in enumerate(parts):
-                    if part.grad is not None:
-                        part.grad *= move[:, i, None]
+            for i, part in enumerate(parts):
+                if move is not None and part.grad is not None:
+                    part.grad *= move[:, i, None]
             optimiser.step()
             del logits, losses
     delta = torch.stack([p.detach() for p in parts], 1)
     if not no_harm or before is None:
-        return delta
+        return delta, move
     with torch.no_grad(), shifted(model, delta):
         after = model(ids, use_cache=False).logits
     gain = token_losses(before, ids)[:, fit:].mean(1) - token_losses(after, ids)[:, fit:].mean(1)
     log_after, log_before = (wide(x[:, -1]).log_softmax(-1) for x in (after, before))
     kl = (log_after.exp() * (log_after - log_before)).sum(-1)
-    return torch.where(((gain > 0) & (kl <= KL_LIMIT))[:, None, None], delta, start)
+    return torch.where(((gain > 0) & (kl <= KL_LIMIT))[:, None, None], delta, start), move
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:

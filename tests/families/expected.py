@@ -242,5 +242,7 @@ CHECKS = {
     "beams": "beam search under a delta, a different one for each sequence, equals beam search without a cache",
     "bits": "a live delta of 0 keeps every bit in bf16; rows beside an edited one keep theirs, in fp32 and bf16",
     "masks": "masked experts never reach the experts; a full mask keeps every bit; ranks are the family's order",
+    "c3po": "scores put in at the last prompt token reach the experts by the family's rule, and no other token is "
+    "touched; cached generation, left-padded too, equals full recompute",
     "trace": "no hook, no attribute and no changed weight afterwards, also after a failure",
 }

@@ -8,11 +8,16 @@ from torch.overrides import TorchFunctionMode
 
 from families.build import build
 
+# what may give or keep fp32 whatever its keywords are; everything else goes straight on
+CASTS = {Tensor.float, Tensor.to, Tensor.type, Tensor.matmul, Tensor.cos, Tensor.sin}
+
 
 class InDouble(TorchFunctionMode):
     """Turns fp32 casts of fp64 tensors into no-ops: finite differences and 1e-9 comparisons then mean something."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in CASTS and not (kwargs and kwargs.get("dtype") is torch.float32):
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, TypeVar
 
 import torch
@@ -20,18 +20,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria
 
+TIMES = {"wall": perf_counter, "cpu": process_time}
+
 
 class Clock(StoppingCriteria):
-    """Never stops; notes the time after each token, when the device is done with it."""
+    """Never stops; notes the time after each token, when the device is done with it.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        kind: `wall`, or `cpu`: how long processors worked for this process, all its threads added up. On a machine
+            that others use too that is the steadier one; of work on a GPU it knows nothing.
+    """
+
+    def __init__(self, device: torch.device, kind: str = "wall") -> None:
         self._device = device
+        self._now = TIMES[kind]
         self.ticks: list[float] = []
+        self.began = self._time()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        synchronise(self._device)
-        self.ticks.append(perf_counter())
+        self.ticks.append(self._time())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _time(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._now()
 
 
 Call = Callable[[Clock], object]  # generates, with this clock among the stopping criteria
@@ -68,20 +81,12 @@ class Spread:
         return cls.of([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(call: Call, device: torch.device) -> Timing:
+def timed(call: Call, device: torch.device, kind: str = "wall") -> Timing:
     """Run once. `step` is 0 where one token was made."""
-    clock = Clock(device)
-    synchronise(device)
-    began = perf_counter()
+    clock = Clock(device, kind)
     call(clock)
     ticks = clock.ticks
-    return Timing(ticks[0] - began, (ticks[-1] - ticks[0]) / max(1, len(ticks) - 1))
+    return Timing(ticks[0] - clock.began, (ticks[-1] - ticks[0]) / max(1, len(ticks) - 1))
 
 
 def interleaved(
@@ -89,9 +94,14 @@ def interleaved(
     device: torch.device,
     repeats: int,
     seed: int = 0,
+    kind: str = "wall",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[Name, list[Timing]]:
-    """`repeats` timings of each version after one warm-up, versions taking turns in random order."""
+    """`repeats` timings of each version after one warm-up, versions taking turns in random order.
+
+    Args:
+        kind: of `Clock`.
+    """
     found: dict[Name, list[Timing]] = {name: [] for name in versions}
     order = Random(seed)
     for repetition in range(repeats + 1):
@@ -100,7 +110,7 @@ def interleaved(
         names = list(versions)
         order.shuffle(names)
         for name in names:
-            timing = timed(versions[name], device)
+            timing = timed(versions[name], device, kind)
             if repetition:
                 found[name].append(timing)
     return found
@@ -115,11 +125,11 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     """
     if device.type == "cuda":
         gc.collect()
-        synchronise(device)
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call(Clock(device))
-        synchronise(device)
+        torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
     with LiveBytes() as live:
         call(Clock(device))

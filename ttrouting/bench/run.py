@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttrouting.bench.bounds import Shape
-from ttrouting.bench.expected import DECODE, FIRST, MEMORY, expected
+from ttrouting.bench.expected import DECODE, FIRST, MEMORY, Counts, expected
 from ttrouting.bench.measure import Spread, Timing, interleaved, peak_bytes
 from ttrouting.bench.versions import ADAPTED, BARE, Contender, calls
 
@@ -47,6 +47,8 @@ class Result:
     Attributes:
         model: as it was asked for. prompt: tokens. batch: sequences. new_tokens: of each.
         contender: name. strategies: with all options. outcomes: what the report said, by sequence.
+        counts: multiplications until the first token, and numbers that a decode step reads, of all sequences; None
+            where nothing was counted.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Result:
     contender: str
     strategies: list[dict[str, Any]]
     outcomes: list[str]
+    counts: dict[str, float | None]
     comparisons: list[Comparison]
 
 
@@ -67,12 +70,13 @@ def measure(
     new_tokens: int,
     repeats: int,
     seed: int = 0,
+    kind: str = "wall",
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Result]:
     """Every contender on prompts `ids [B, T]`, all of one length, all in the same repetitions.
 
     Args:
-        name: the model's, for the result.
+        name: the model's, for the result. kind: of clock, `wall` or `cpu`.
     """
     batch, tokens = ids.shape
     versions = calls(model, found, ids, new_tokens)
@@ -80,12 +84,12 @@ def measure(
     device = ids.device
 
     case = f"{name}, {batch} x {tokens} tokens"
-    timings = interleaved(versions, device, repeats, seed, lambda step: say(f"{case}: {step}"))
+    timings = interleaved(versions, device, repeats, seed, kind, lambda step: say(f"{case}: {step}"))
     say(f"{case}: memory")
     memory = {version: peak_bytes(call, device) for version, call in versions.items()}
     results = []
     for contender in found:
-        limits = expected(contender, shape, tokens, batch, new_tokens)
+        counts = expected(contender, shape, tokens, batch, new_tokens)
         ours = (contender.name, ADAPTED)
         comparisons = []
         for other in [("", BARE), *((contender.name, reading) for reading in contender.readings)]:
@@ -100,7 +104,7 @@ def measure(
                         Spread.of(mine),
                         Spread.of(theirs),
                         Spread.of_ratios(mine, theirs),
-                        limits.get((quantity, other[1])),
+                        _bound(counts, quantity, other[1]),
                     )
                 )
         results.append(
@@ -112,10 +116,16 @@ def measure(
                 contender.name,
                 [s.to_dict() for s in contender.strategies],
                 _outcomes(contender),
+                {quantity: counts.get((quantity, ADAPTED)) for quantity in (FIRST, DECODE)},
                 comparisons,
             )
         )
     return results
+
+
+def _bound(counts: Counts, quantity: str, against: str) -> float | None:
+    ours, theirs = (counts.get((quantity, version)) for version in (ADAPTED, against))
+    return None if ours is None or theirs is None else ours / theirs
 
 
 def _values(quantity: str, timings: Sequence[Timing], memory: int) -> list[float]:

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 
 STRATEGIES = ["rerouting", "scmoe", "dynamic_k"]  # those that have a straightforward version to compare with
 MIB = 1 << 20
+
+
+class Timer(StrEnum):
+    """Which clock times are read from."""
+
+    WALL = "wall"
+    CPU = "cpu"
 
 
 def command(
@@ -70,6 +78,9 @@ def command(
     file: Files = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each sequence.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in each of which all versions take turns.")] = 5,
+    clock: Annotated[
+        Timer, typer.Option(help="wall, or cpu: what processors worked, steadier where others use them too.")
+    ] = Timer.WALL,
     seed: Annotated[int, typer.Option(min=0, help="Of random weights and prompts, and of the order of turns.")] = 0,
     dtype: DtypeName = Dtype.AUTO,
     device: Device = "auto",
@@ -95,6 +106,8 @@ def command(
     place = find_device(device)
     if place != "auto" and torch.device(place).type not in ("cpu", "cuda"):
         raise ConfigError(f"bench measures on cpu and cuda, not on {place}. Use --device cpu.")
+    if clock is Timer.CPU and place != "cpu":
+        raise ConfigError("--clock cpu knows nothing of work elsewhere. Use --device cpu, or --clock wall.")
     if plot is not None:
         check_plot(plot)
     texts = "\n".join(gather([], file or []))
@@ -108,7 +121,14 @@ def command(
             )
         with output.waiting(f"{source}: finding its MoE layers") as say:
             results += _measure(
-                source, loaded, tokenizer, groups, no_harm, texts, (lengths, batches, new_tokens, repeats, seed), say
+                source,
+                loaded,
+                tokenizer,
+                groups,
+                no_harm,
+                texts,
+                (lengths, batches, new_tokens, repeats, seed, clock.value),
+                say,
             )
     for result in results:
         output.show(_title(result), _table(result), Text())
@@ -123,6 +143,7 @@ def command(
             "results": [_facts(r) for r in results],
             "no_harm": no_harm,
             "repeats": repeats,
+            "clock": clock.value,
             "seed": seed,
             "texts": [str(f) for f in file or []],
             "machine": machine(place),
@@ -192,13 +213,13 @@ def _measure(
     groups: dict[str, list[Strategy]],
     no_harm: bool,
     texts: str,
-    plan: tuple[list[int], list[int], int, int, int],
+    plan: tuple[list[int], list[int], int, int, int, str],
     say: Any,
 ) -> list[Result]:
     from ttrouting.bench.run import cut_prompts, measure, random_prompts
     from ttrouting.bench.versions import contenders
 
-    lengths, batches, new_tokens, repeats, seed = plan
+    lengths, batches, new_tokens, repeats, seed, clock = plan
     device = model.get_input_embeddings().weight.device
     found: list[Result] = []
     text = torch.tensor(tokenizer(texts)["input_ids"], device=device) if texts else None
@@ -208,7 +229,7 @@ def _measure(
                 ids = cut_prompts(text, batch, tokens)
             else:
                 ids = random_prompts(model.config.get_text_config().vocab_size, batch, tokens, device, seed)
-            found += measure(name, model, ready, ids, new_tokens, repeats, seed, say)
+            found += measure(name, model, ready, ids, new_tokens, repeats, seed, clock, say)
     return found
 
 

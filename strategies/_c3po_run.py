@@ -24,8 +24,8 @@ from ttrouting.rows import Rows
 from ttrouting.scoring import SMALLEST, logits_of
 from ttrouting.session import Session
 from ttrouting.sites import Site
-from ttrouting.strategies.neighbourhood import AnsweredTexts, Neighbourhood, ask, neighbours_texts, own_texts
-from ttrouting.strategies.surrogates import core_experts, cosine_rates, mean_pathway, search_alpha
+from ttrouting.strategies._neighbourhood import AnsweredTexts, Neighbourhood, ask, neighbours_texts, own_texts
+from ttrouting.strategies._surrogates import core_experts, cosine_rates, mean_pathway, search_alpha
 from ttrouting.strategy import RoutingRun, finite
 from ttrouting.tail import Tail
 
