@@ -19,7 +19,7 @@ from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModel
 from ttrouting.gradients import check_gradients
 from ttrouting.head import check_head
 from ttrouting.layers import LayerRule
-from ttrouting.objective import divergence, mean_loss, split_targets
+from ttrouting.objective import MIN_LOSS_TOKENS, divergence, mean_loss, split_targets
 from ttrouting.opening import Opening
 from ttrouting.rows import Rows
 from ttrouting.session import Session
@@ -29,8 +29,6 @@ from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, on
 from ttrouting.summary import RoutingSummary, changes, summarise
 from ttrouting.tail import Tail
 from ttrouting.target import Target
-
-MIN_LOSS_TOKENS = 16
 
 
 @dataclass(frozen=True)

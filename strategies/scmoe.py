@@ -14,11 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ttrouting.context import Context
 from ttrouting.errors import ConfigError, UnsupportedModelError, did_you_mean
+from ttrouting.head import CHUNK, check_head
 from ttrouting.keyed import keyed_uniform
+from ttrouting.objective import MIN_LOSS_TOKENS
 from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
+from ttrouting.spans import check_loss_on, narrow_targets
 from ttrouting.strategy import DecodingRun, DecodingStrategy, in_range
 from ttrouting.taps import Call
 from ttrouting.target import Target
@@ -60,6 +64,10 @@ class SCMoE(DecodingStrategy):
 
     The weak stream has its own KV cache, prompt included. The end of a sequence is never banned.
 
+    With `no_harm` the prompt is read once before it is answered, and its own tokens are predicted with and without
+    contrast. Where contrast does not turn more of the `judge_on` tokens right than wrong, or there are under 16 of
+    them, the sequence is decoded without it; and step by step beta is halved where the distribution moves too far.
+
     Args:
         alpha: plausibility threshold in (0, 1].
         beta: contrast strength, 0 or more; 0 changes nothing and runs no second row.
@@ -67,6 +75,9 @@ class SCMoE(DecodingStrategy):
             Weights are what the family would give: their usual sum where it renormalises, raw scores where
             it does not.
         kl_limit: with `no_harm`, beta is halved per step until KL(contrasted || strong), in nats, is within.
+        judge_on: tokens of the prompt that `no_harm` looks at, as in Rerouting's `loss_on`: `all`, a regular
+            expression whose match (or first group) counts, or `assistant`. The last two need a tokenizer. None: the
+            prompt is not read beforehand, and the KL limit is all that `no_harm` does.
         seed: for `random`.
     """
 
@@ -82,6 +93,7 @@ class SCMoE(DecodingStrategy):
     beta: float = 0.5
     weak: str = "rank:2"
     kl_limit: float = 2.0
+    judge_on: str | None = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +102,8 @@ class SCMoE(DecodingStrategy):
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
         in_range(self.name, "seed", self.seed, 0, whole=True)
         WeakRouting.parse(self.weak)
+        if self.judge_on is not None:
+            check_loss_on(self.judge_on, option="scmoe.judge_on")
 
     @property
     def identity(self) -> bool:
@@ -97,7 +111,10 @@ class SCMoE(DecodingStrategy):
         return self.beta == 0
 
     def check(self, target: Target) -> None:
-        """The weak experts must exist, and their weight must be known."""
+        """The weak experts must exist, and their weight must be known; a pattern needs a tokenizer."""
+        if self.judge_on is not None and target.no_harm and not self.identity:
+            check_loss_on(self.judge_on, target.tokenizer, option="scmoe.judge_on")
+            check_head(target)
         weak = WeakRouting.parse(self.weak)
         for site in target.sites:
             limit = site.num_experts if site.scoring != "other" and site.chooses else site.top_k
@@ -173,6 +190,42 @@ class SCMoERun(DecodingRun):
         self.weak = WeakRouting.parse(strategy.weak)
         self.steps: Tensor | None = None  # [B] decoding steps of live sequences
         self.limited: Tensor | None = None  # [B] of these, with beta reduced
+        self.trial: tuple[Tensor, Tensor, Tensor] | None = None  # [B] tokens looked at, turned right, turned wrong
+
+    # --- life --------------------------------------------------------------------------------------
+
+    @property
+    def on(self) -> Tensor | None:
+        """`[B]` bool, sequences that are contrasted; None: all."""
+        if self.trial is None:
+            return None
+        looked, won, lost = self.trial
+        return (looked >= MIN_LOSS_TOKENS) & (won > lost)
+
+    def prepare(self, context: Context) -> None:
+        """With `no_harm`: does contrast predict the prompt's own tokens better?"""
+        target, judge_on = self.session.plan.target, self.strategy.judge_on
+        if not target.no_harm or judge_on is None:
+            return
+        targets = narrow_targets(context, judge_on, target.tokenizer)  # [B, T]
+        wanted = targets.any(0).nonzero().flatten()  # [P] columns
+        won = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
+        lost = won.clone()
+        if len(wanted):
+            hidden, head = self.session.read_streams(context)
+            for columns in wanted.split(max(1, CHUNK // len(hidden))):
+                logits = head(hidden[:, (columns - 1).to(hidden.device)]).to(context.ids.device)  # [2 B, C, V]
+                strong = logits[: len(targets)].argmax(-1)
+                mixed = self._mix(logits.view(2, len(targets), *logits.shape[1:]))[0].argmax(-1)
+                labels, counts = context.ids[:, columns], targets[:, columns]
+                won += ((mixed == labels) & (strong != labels) & counts).sum(1)
+                lost += ((mixed != labels) & (strong == labels) & counts).sum(1)
+        self.trial = targets.sum(1), won, lost
+
+    def expand(self, repeats: int) -> None:
+        if self.trial is not None:
+            looked, won, lost = (t.repeat_interleave(repeats) for t in self.trial)
+            self.trial = looked, won, lost
 
     # --- routing -----------------------------------------------------------------------------------
 
@@ -223,14 +276,22 @@ class SCMoERun(DecodingRun):
 
     def combine(self, logits: Tensor) -> Tensor:
         """`[2, B, S, V]` -> `[B, S, V]` fp32."""
-        options = self.strategy
-        strong, weak = logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind(0)
-        no_harm = self.session.plan.target.no_harm
-        mixed, beta = mix(strong, weak, log(options.alpha), options.beta, options.kl_limit if no_harm else None)
-        if isinstance(beta, Tensor) and self.session.decides and self.session.live.shape[0] == strong.shape[0]:
+        mixed, beta = self._mix(logits)
+        on = self.on
+        if on is not None and on.shape[0] == mixed.shape[0]:
+            on = on.to(mixed.device)[:, None, None]
+            mixed = torch.where(on, mixed, logits[0].to(mixed))
+        if isinstance(beta, Tensor) and self.session.decides and self.session.live.shape[0] == mixed.shape[0]:
             live = self.session.live.to(beta.device)
             self._count(beta[:, -1:, 0], live[:, None])
         return mixed
+
+    def _mix(self, logits: Tensor) -> tuple[Tensor, float | Tensor]:
+        """`[2, B, S, V]` -> `[B, S, V]` fp32, and the beta that was used."""
+        options = self.strategy
+        strong, weak = logits.to(torch.promote_types(logits.dtype, torch.float32)).unbind(0)
+        no_harm = self.session.plan.target.no_harm
+        return mix(strong, weak, log(options.alpha), options.beta, options.kl_limit if no_harm else None)
 
     def score(self, logits: Tensor, scored: Tensor) -> Tensor:
         """`[2, B, S, V]` -> `[B, S, V]` fp32 without the mask: each token keeps a finite log-probability.
@@ -244,6 +305,8 @@ class SCMoERun(DecodingRun):
             everything = torch.ones_like(strong, dtype=torch.bool)
             beta = within_limit(strong, weak, everything, options.beta, options.kl_limit)
             self._count(beta[..., 0], scored.to(beta.device))
+            if self.on is not None:
+                beta = beta * self.on.to(beta)[:, None, None]
         return contrast(strong, weak, options.alpha, beta, mask=False)
 
     def _count(self, chosen: Tensor, counts: Tensor) -> None:
@@ -255,6 +318,13 @@ class SCMoERun(DecodingRun):
 
     def report(self, sequence: int) -> dict[str, Any]:
         facts: dict[str, Any] = {"outcome": "applied", "streams": self.strategy.streams}
+        if self.trial is not None:
+            looked, won, lost = (int(t[sequence]) for t in self.trial)
+            facts |= {"judged_tokens": looked, "turned_right": won, "turned_wrong": lost}
+            if looked < MIN_LOSS_TOKENS:
+                return {**facts, "outcome": f"skipped: {looked} tokens to judge by, {MIN_LOSS_TOKENS} are needed"}
+            if won <= lost:
+                return {**facts, "outcome": f"rolled back: on the prompt {won} tokens right for {lost} wrong"}
         if self.steps is not None and self.limited is not None:
             steps, limited = int(self.steps[sequence]), int(self.limited[sequence])
             facts |= {"steps": steps, "limited_steps": limited}

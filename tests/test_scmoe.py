@@ -224,12 +224,83 @@ def test_no_harm_halves_beta_until_the_kl_limit_holds(olmoe):
                     break
             reduced += beta < 0.9
             expected = torch.cat([expected, scores.argmax()[None, None]], 1)
-    with ttr.adapt(olmoe, ttr.SCMoE(beta=0.9, kl_limit=limit)) as adapted:
+    with ttr.adapt(olmoe, ttr.SCMoE(beta=0.9, kl_limit=limit, judge_on=None)) as adapted:
         out = adapted.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
         facts = adapted.report.sequences[0].strategies["scmoe"]
     assert reduced > 0, "the limit never bit: the test cannot tell"
     assert torch.equal(out, expected)
     assert facts["limited_steps"] == reduced
+
+
+BOLD = {"beta": 0.9, "kl_limit": 1e9}  # the limit on each step never bites
+
+
+def judged(model, ids):
+    """Tokens of a prompt that contrast turns right and wrong: every position by two full forwards."""
+    with plain_routing(model), torch.no_grad():
+        strong = full_logits(model, ids)[0]
+    with plain_routing(model, rule=rank_rule(2)), torch.no_grad():
+        weak = full_logits(model, ids)[0]
+    won = lost = 0
+    for t in range(1, ids.shape[1]):
+        before = int(strong[t - 1].argmax()) == int(ids[0, t])
+        after = int(plain_scores(strong[t - 1], weak[t - 1], 0.1, 0.9).argmax()) == int(ids[0, t])
+        won, lost = won + (after and not before), lost + (before and not after)
+    return won, lost
+
+
+def test_no_harm_contrasts_where_it_predicts_the_prompt_better(olmoe):
+    # a text that contrast wrote is predicted better with it, one that greedy decoding wrote is not
+    written = decode(olmoe, prompt(16), ttr.SCMoE(**BOLD), steps=30)
+    plain = olmoe.generate(prompt(16), max_new_tokens=30, do_sample=False)
+    with ttr.adapt(olmoe, ttr.SCMoE(**BOLD)) as adapted:
+        for ids, helps in ((written, True), (plain, False)):
+            out = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+            facts = adapted.report.sequences[0].strategies["scmoe"]
+            won, lost = judged(olmoe, ids)
+            assert (won > lost) == helps
+            assert (facts["judged_tokens"], facts["turned_right"], facts["turned_wrong"]) == (41, won, lost)
+            expected = plain_decode(olmoe, ids, 8, rank_rule(2), beta=0.9) if helps else None
+            if expected is None:
+                expected = olmoe.generate(ids, max_new_tokens=8, do_sample=False)
+                assert facts["outcome"] == f"rolled back: on the prompt {won} tokens right for {lost} wrong"
+            assert torch.equal(out, expected)
+        both = adapted.generate(input_ids=torch.cat([written, plain]), max_new_tokens=8, do_sample=False)
+        alone = [adapted.generate(input_ids=one, max_new_tokens=8, do_sample=False) for one in (written, plain)]
+        assert torch.equal(both, torch.cat(alone))
+        copies = adapted.generate(
+            input_ids=torch.cat([written, plain]), max_new_tokens=8, do_sample=True, top_k=1, num_return_sequences=2
+        )
+        assert torch.equal(copies, both.repeat_interleave(2, 0))
+
+
+def test_a_sequence_that_is_rolled_back_keeps_its_strong_logits_to_the_bit(olmoe):
+    ids = prompt(17)  # too short to judge by
+
+    def logits(model):
+        return model.generate(
+            input_ids=ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+        ).logits
+
+    with ttr.adapt(olmoe, ttr.SCMoE(beta=0.0001, judge_on=None)) as adapted:
+        moved = logits(adapted)
+    with ttr.adapt(olmoe, ttr.SCMoE(**BOLD)) as adapted:
+        kept = logits(adapted)
+        assert adapted.report.sequences[0].strategies["scmoe"]["outcome"].startswith("skipped: 11 tokens")
+    plain = logits(olmoe)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kept, plain, strict=True))  # two rows beside one
+    assert not all(torch.equal(a, b) for a, b in zip(moved, kept, strict=True))
+
+
+def test_judge_on_names_the_tokens(olmoe):
+    mask = torch.zeros(1, 42, dtype=torch.bool)
+    mask[:, 22:] = True
+    ids = decode(olmoe, prompt(16), ttr.SCMoE(**BOLD), steps=30)
+    with ttr.adapt(olmoe, ttr.SCMoE(**BOLD)) as adapted:
+        adapted.generate(input_ids=ids, max_new_tokens=1, do_sample=False, loss_mask=mask)
+        assert adapted.report.sequences[0].strategies["scmoe"]["judged_tokens"] == 20
+    with pytest.raises(ttr.ConfigError, match=r"scmoe\.judge_on='A: \.\*' looks at text and needs the tokenizer"):
+        ttr.adapt(olmoe, ttr.SCMoE(judge_on="A: .*"))
 
 
 def test_beta_zero_runs_no_second_row(olmoe):
@@ -251,6 +322,8 @@ def test_json_round_trip():
         ({"weak": "rnk:2"}, "Did you mean 'rank'"),
         ({"weak": "rank:0"}, "at least 1"),
         ({"weak": "random:3"}, "no count"),
+        ({"judge_on": "("}, "scmoe.judge_on='(' is no regular expression"),
+        ({"judge_on": 3}, "scmoe.judge_on must be 'all'"),
     ],
 )
 def test_options_out_of_range_are_named(options, words):

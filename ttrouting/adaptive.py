@@ -406,6 +406,8 @@ def _prepare(session: Session, context: Context) -> None:
         if overrides(run, "prepare"):  # it may change the routing that an earlier run read with
             session.cache = None
             run.prepare(context)
+    if session.decoding is not None:  # under what the others learned
+        session.decoding.prepare(context)
 
 
 def _learned(session: Session, rows: list[int]) -> AdaptationState:

@@ -13,6 +13,8 @@ from ttrouting.head import Head, chunked_losses
 from ttrouting.session import Session
 from ttrouting.tail import Tail
 
+MIN_LOSS_TOKENS = 16  # of a sequence, under which nothing is adapted
+
 
 def token_losses(session: Session, context: Context, replay: Tail | None = None) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy of a context; with `replay` its layers alone are run, as in `Session.read`.

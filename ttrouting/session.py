@@ -268,6 +268,21 @@ class Session:
         if compiled == (None, None):
             tail.follow(self._patches)
 
+    def read_streams(self, context: Context) -> tuple[Tensor, Head]:
+        """As `read_body`, with all streams of the decoding strategy: `[streams * B, T, D]`, one after another."""
+        streams = 1 if self.plan.decoding is None else self.plan.decoding.streams
+        batch = context.ids.shape[0]
+        rows = make_rows(context.mask, self.sequences, 0, streams)
+        apart = self.plan.target.proven.get("head", False)
+        keep = context.ids.new_empty(0) if apart else None
+        inputs = repeat_inputs(self._reading(context, keep, False), batch, streams)
+        if not apart:
+            return self._run(self._forward, rows, inputs).logits, lambda logits: logits
+        body = Body()
+        with body.caught(self.model):
+            self._run(self._forward, rows, inputs)
+        return body.output.last_hidden_state, body.head(self.model, self._forward, inputs)
+
     def read_body(self, context: Context, replay: Tail | None = None, fill: bool = False) -> tuple[Tensor, Head]:
         """As `read`, but last hidden states `[B, T, D]` and the head that makes logits of them, a few at a time.
 
@@ -349,7 +364,7 @@ class Session:
         self._over = self._over.repeat_interleave(repeats)
         self._live = self._live.repeat_interleave(repeats)
         self._position = self._position.repeat_interleave(repeats)
-        for run in self.runs:
+        for run in (*self.runs, *([] if self.decoding is None else [self.decoding])):
             run.expand(repeats)
 
     @property

@@ -15,23 +15,23 @@ from ttrouting.errors import ConfigError
 _MARKS = ("\u2402user\u2403", "\u2402reply\u2403", "\u2402again\u2403")
 
 
-def check_loss_on(loss_on: str, tokenizer: Any = ...) -> None:
+def check_loss_on(loss_on: str, tokenizer: Any = ..., option: str = "loss_on") -> None:
     """Raise `ConfigError` on a bad pattern, or where a tokenizer (if given, may be None) is missing.
 
     Args:
         loss_on: `all`, `assistant` or a regular expression.
-        tokenizer: leave out to check the text alone.
+        tokenizer: leave out to check the text alone. option: how messages call it.
     """
     if not isinstance(loss_on, str) or not loss_on:
-        raise ConfigError(f"loss_on must be 'all', 'assistant' or a regular expression, got {loss_on!r}.")
+        raise ConfigError(f"{option} must be 'all', 'assistant' or a regular expression, got {loss_on!r}.")
     if loss_on not in ("all", "assistant"):
         try:
             re.compile(loss_on)
         except re.error as error:
-            raise ConfigError(f"loss_on={loss_on!r} is no regular expression: {error}.") from None
+            raise ConfigError(f"{option}={loss_on!r} is no regular expression: {error}.") from None
     if tokenizer is None and loss_on != "all":
         raise ConfigError(
-            f"loss_on={loss_on!r} looks at text and needs the tokenizer: ttr.adapt(model, ..., tokenizer=tokenizer)."
+            f"{option}={loss_on!r} looks at text and needs the tokenizer: ttr.adapt(model, ..., tokenizer=tokenizer)."
         )
     if loss_on == "assistant" and tokenizer is not ...:
         _assistant_pattern(tokenizer)

@@ -181,6 +181,12 @@ class DecodingRun:
         """Selection `[N, K']` in which the rows of streams 1.. have their own experts."""
         raise NotImplementedError
 
+    def prepare(self, context: Context) -> None:
+        """Look at the prompts before they are answered; may read them. No gradient, taps live."""
+
+    def expand(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` neighbouring ones: repeat what is kept for sequences."""
+
     def combine(self, logits: Tensor) -> Tensor:
         """`[streams, B, S, V]` logits -> `[B, S, V]`."""
         raise NotImplementedError

@@ -109,6 +109,13 @@ def report(llm: Any) -> dict[str, Any]:
     return llm.collective_rpc("ttrouting_report")[0]
 
 
+def as_in_vllm(strategies: Any) -> list[Any]:
+    """The same for transformers: the plugin does not try SCMoE on the prompt first."""
+    from dataclasses import replace
+
+    return [replace(one, judge_on=None) if one.name == "scmoe" else one for one in strategies]
+
+
 @torch.no_grad()
 def expected(
     model: Any, prompt: list[int], strategies: Any = (), tokens: int = 12, no_harm: bool = True
@@ -120,5 +127,5 @@ def expected(
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False}
     if not strategies:
         return model.generate(ids, **options)[0, len(prompt) :].tolist()
-    with ttr.adapt(model, strategies, no_harm=no_harm) as adapted:
+    with ttr.adapt(model, as_in_vllm(strategies), no_harm=no_harm) as adapted:
         return adapted.generate(ids, **options)[0, len(prompt) :].tolist()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engines  # noqa: F401 - its environment
+import engines  # its environment too
 import pytest
 import torch
 
@@ -86,7 +86,7 @@ def wanted(pocket: Any, prompt: str, strategies: Any = (), tokens: int = 16) -> 
     length = inputs["input_ids"].shape[1]
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if strategies:
-        with ttr.adapt(model, strategies) as adapted:
+        with ttr.adapt(model, engines.as_in_vllm(strategies)) as adapted:
             out = adapted.generate(**inputs, **options)
     else:
         out = model.generate(**inputs, **options)
