@@ -70,6 +70,20 @@ class C3PO(RoutingStrategy):
         "scope": ("last_prompt_token", "all"),
         "use": ("successful", "all"),
     }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {  # written out, though they are the defaults: those may change
+            "surrogate": "ngd",
+            "k": 3,
+            "steps": 10,
+            "lr": None,  # 0.01 at this scope
+            "layers": "last:5",
+            "core_experts": 0.3125,
+            "kernel": "gaussian",
+            "scope": "last_prompt_token",
+            "use": "successful",
+            "max_similarity": 0.95,
+        }
+    }
 
     refset: str | ReferenceSet = "pocket"
     surrogate: str = "ngd"
