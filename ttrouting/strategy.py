@@ -110,7 +110,7 @@ class RoutingStrategy(Strategy):
     """Edits routing. Any number compose: edits happen in `order`, low to high, then as given.
 
     Class attributes:
-        order: 10 given deltas, 20 masks, 30 neighbours, 40 optimised deltas, 50 fewer experts.
+        order: 10 given deltas, 15 tasks' deltas, 20 masks, 30 neighbours, 40 optimised deltas, 50 fewer experts.
         unique: refuse two of the same strategy in one plan.
     """
 
