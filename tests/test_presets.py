@@ -11,7 +11,7 @@ from ttrouting.cli.settings import make_strategies
 
 
 def test_rerouting_of_the_paper():
-    """arXiv 2510.14853: five steps of 0.05 on the whole context, again every 128 tokens, the most confident layers."""
+    """arXiv 2510.14853: five steps of 0.05 on the whole context, every 128 tokens, the most confident layers."""
     paper = ttr.Rerouting.preset("paper")
     assert (paper.steps, paper.lr, paper.interval, paper.loss_on) == (5, 0.05, 128, "all")
     assert paper.layers.startswith("highest:")

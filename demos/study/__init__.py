@@ -9,7 +9,7 @@
 | `collect.py` | from folders of runs to one `docs/results.json` |
 | `arithmetic.py` | differences, Holm over the whole study, share of the gap closed, targets |
 | `example.py` | one worked example, before and after |
-| `page.py`, `tables.py`, `pictures.py` | `docs/results.md` from `docs/results.json` alone. `python -m demos.study.page` |
+| `page.py`, `tables.py`, `pictures.py` | the page, from `docs/results.json` alone. `python -m demos.study.page` |
 
 `make artefacts` runs all of it, and what it depends on, where something changed (`demos/artefacts.py`).
 """

@@ -209,11 +209,13 @@ def _room(results: Results, shots: int) -> Target:
     if not gains:
         return Target(words, None, "no oracle was measured")
     possible = len(wide) + len(SHIFTED) - len(gains) >= ROOM_SETS
-    return Target(words, True if len(wide) >= ROOM_SETS else None if possible and len(gains) < len(SHIFTED) else False, facts)
+    return Target(
+        words, True if len(wide) >= ROOM_SETS else None if possible and len(gains) < len(SHIFTED) else False, facts
+    )
 
 
 def _closed(results: Results, comparison: Comparison, shots: int) -> Target:
-    words = "The best strategy closes half of the transfer oracle's gap over the shifted sets, significantly on half of them"
+    words = "The best strategy closes half of the transfer oracle's gap, significantly on half of the shifted sets"
     found = gaps(results, shots)
     if not found:
         return Target(words, None, "no variant was scored on all shifted sets that have an oracle")
@@ -235,7 +237,9 @@ def _no_harm(comparison: Comparison) -> Target:
     hurt = [f"{v} on {t} ({100 * c['difference']:+.1f})" for t, v, c in seen if c["verdict"] == "hurts"]
     if not seen:
         return Target(words, None, "no default recipe was scored")
-    return Target(words, not hurt, f"{len(hurt)} of {len(seen)} comparisons" + (f": {', '.join(hurt)}" if hurt else ""))
+    return Target(
+        words, not hurt, f"{len(hurt)} of {len(seen)} comparisons" + (f": {', '.join(hurt)}" if hurt else "")
+    )
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,9 @@ class Saved:
 
 def saved(comparison: Comparison, variant: str) -> Saved | None:
     """Over all sets; None where it was scored on none."""
-    pairs = [(one["base"], one["variants"][variant]) for one in comparison["tasks"].values() if variant in one["variants"]]
+    pairs = [
+        (one["base"], one["variants"][variant]) for one in comparison["tasks"].values() if variant in one["variants"]
+    ]
     if not pairs:
         return None
     calls = [c["cost"]["experts_per_token"] / base["cost"]["experts_per_token"] for base, c in pairs]
@@ -284,7 +290,9 @@ def _scmoe(comparison: Comparison) -> Target:
     words = "SCMoE beats greedy decoding on the skills with worked steps"
     found = {}
     for name in ("scmoe", "scmoe_tuned"):
-        cells = [one["variants"][name] for t, one in comparison["tasks"].items() if t in WORKED and name in one["variants"]]
+        cells = [
+            one["variants"][name] for t, one in comparison["tasks"].items() if t in WORKED and name in one["variants"]
+        ]
         if cells:
             won, lost = sum(c["won"] for c in cells), sum(c["lost"] for c in cells)
             paired = Paired.of([0] * won + [1] * lost, [1] * won + [0] * lost) if won + lost else None

@@ -2,8 +2,8 @@
 
     python -m demos.study.collect            of the shipped model, as far as its study has come
 
-Of each variant and set: which questions were right, as a string of 0 and 1, and what it cost. A set counts when all of
-its questions were answered; the page says what is missing.
+Of each variant and set: which questions were right, as a string of 0 and 1, and what it cost. A set counts when all
+of its questions were answered; the page says what is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from demos.study.oracles import file_of
 from demos.study.place import OUT, Place
 from demos.study.plan import SEARCHES, SELF_CONSISTENCY, SHOTS, VARIANTS, Variant
 from ttrouting.cli.output import Output
-from ttrouting.evaluation.compare import RATIOS, comparison_of, main_metric, read_journal
+from ttrouting.evaluation.compare import COMPARISON, RATIOS, main_metric, read_journal
 from ttrouting.evaluation.files import RUN, write_text
 from ttrouting.evaluation.question import BASE
 
@@ -44,7 +44,7 @@ def collect(out: Path = OUT, n: int = 500) -> dict[str, Any]:
         for variant in VARIANTS:
             for name in variant.sets if place.shots in variant.shots else ():
                 folder = place.folder / "runs" / variant.name / name
-                if (folder / RUN).exists():
+                if (folder / COMPARISON).exists():
                     _add(runs, found, shots, variant, name, folder)
         found["runs"][shots] = runs = {name: _settled(one) for name, one in runs.items() if one["base"]}
         files = [(name, file_of(place, name)) for name in dict.fromkeys(n for v in VARIANTS for n in v.sets)]
@@ -55,14 +55,12 @@ def collect(out: Path = OUT, n: int = 500) -> dict[str, Any]:
     return found
 
 
-def _add(
-    runs: dict[str, Any], found: dict[str, Any], shots: str, variant: Variant, name: str, folder: Path
-) -> None:
-    """One variant on one set, if it has finished."""
+def _add(runs: dict[str, Any], found: dict[str, Any], shots: str, variant: Variant, name: str, folder: Path) -> None:
+    """One variant on one set, if all of its questions were asked."""
     asked = json.loads((folder / RUN).read_bytes())
     task = f"pocket_{name}"
-    comparison = comparison_of(folder)["tasks"].get(task)
-    one = comparison["variants"][variant.name] if comparison else {"n": 0, "failed": 0}
+    comparison = json.loads((folder / COMPARISON).read_bytes())["tasks"][task]
+    one = comparison["variants"][variant.name]
     if one["n"] + one["failed"] < asked["limit"]:
         return
     right = {which: _right(folder, which, task) for which in (BASE, variant.name)}
@@ -75,7 +73,12 @@ def _add(
         "adapted": one["adapted"],
     }
     if variant.samples > 1:
-        sampled = {"right": right[BASE], "cost": _rounded(comparison["base"]["cost"]), "rolled_back": 0.0, "adapted": 0.0}
+        sampled = {
+            "right": right[BASE],
+            "cost": _rounded(comparison["base"]["cost"]),
+            "rolled_back": 0.0,
+            "adapted": 0.0,
+        }
         here["variants"][SELF_CONSISTENCY] = sampled
         kept.pop("ratios")  # they are to base with samples
     elif not here["base"]:
@@ -100,7 +103,9 @@ def _settled(one: dict[str, Any]) -> dict[str, Any]:
     """With the costs of sampled variants as ratios to base without samples, as all others are."""
     for kept in one["variants"].values():
         if "ratios" not in kept:
-            ratios = {n: kept["cost"][n] / one["cost"][n] if kept["cost"][n] and one["cost"][n] else None for n in RATIOS}
+            ratios = {
+                n: kept["cost"][n] / one["cost"][n] if kept["cost"][n] and one["cost"][n] else None for n in RATIOS
+            }
             kept["ratios"] = _rounded(ratios)
     return one
 

@@ -19,7 +19,7 @@ def worked_example(place: Place) -> dict[str, Any]:
     """The first of the set's test questions that the adaptation puts right; if none is, the first of all.
 
     Returns:
-        `prompt`, `answer`, `base` and `adapted` answer lines, `strategy`, and `report`: what was done to this question.
+        `prompt`, `answer`, `base` and `adapted` answer lines, `strategy`, `report`: what was done to the question.
     """
     asked = place.questions(SET, "test", LOOKED_AT)
     inputs = place.tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True)

@@ -6,8 +6,8 @@
 own label    a delta optimised on the question's own answer. A hundred free numbers can force almost any short answer,
              so this alone proves nothing.
 wrong label  the same optimisation towards another question's answer of the set: how often is that forced as well?
-transfer     ONE delta for the set, fitted on labelled dev questions, scored on test questions. What it gains over base
-             is what routing can do here and no answer gave away.
+transfer     ONE delta for the set, fitted on labelled dev questions, scored on test questions: what it gains over
+             base is what routing can do here and no answer gave away.
 
 Prompts are those of the evaluation, answers are greedy and matched exactly.
 """
@@ -35,6 +35,7 @@ from ttrouting.evaluation.question import hardware, versions
 from ttrouting.evaluation.statistics import Paired
 from ttrouting.pocket.measure import LONGEST_ANSWER
 from ttrouting.pocket.skills import parse_answer
+from ttrouting.shared_fit import fit_shared_delta
 from ttrouting.strategy import Strategy
 
 BATCH = 25
@@ -84,8 +85,6 @@ def wrong_labels(right: Sequence[str], seed: int = SEED) -> list[str]:
 
 def transfer(place: Place, name: str, pairs: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """One delta for a set from labelled dev questions, and how well it fits them."""
-    from ttrouting.shared_fit import fit_shared_delta
-
     learned = place.questions(name, "dev", pairs)
     labelled = [(q.prompt, q.completion) for q in learned]
     fit = fit_shared_delta(place.model, place.tokenizer, labelled, seed=SEED, **FIT)
@@ -156,10 +155,14 @@ def told(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shots", type=int, choices=SHOTS, help="solved examples before each question; default: both")
+    parser.add_argument(
+        "--shots", type=int, choices=SHOTS, help="solved examples before each question; default: both"
+    )
     parser.add_argument("--sets", default=",".join(SHIFTED + CONTROLS), metavar="NAME,...")
     parser.add_argument("--n", type=int, default=500, help="test questions of each set")
-    parser.add_argument("--pairs", type=int, default=FITTED_ON, help="dev questions that a transfer delta is fitted on")
+    parser.add_argument(
+        "--pairs", type=int, default=FITTED_ON, help="dev questions that a transfer delta is fitted on"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of all studies")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object on stdout")
     options = parser.parse_args()

@@ -25,13 +25,14 @@ from ttrouting.registry import list_strategies
 PAGE = Path("docs/results.md")
 WHY = Path(__file__).with_name("why.md")
 NAMES = {0: "questions alone", 6: "after six solved examples"}
+LONG = ("calibration", "sensitivity", "fingerprint", "mask")  # options that no table has room for
 MET = {True: "met", False: "missed", None: "not known yet"}
 LEGEND = (
-    "Accuracy in percent, then the paired difference to base in points with its 95 % interval. **Bold**: told apart from "
-    "luck at 5 % by an exact McNemar test after Holm's correction over all {family} comparisons of the study; ▼: for the "
-    "worse. *Gap closed*: (variant − base) / (transfer oracle − base), mean over the sets where that oracle gains at "
-    "least {gap:.0f} points. FLOPs and first token: as ratios to base, means over sets. Rolled back: questions whose "
-    "adaptation the no-harm rule undid."
+    "Accuracy in percent, then the paired difference to base in points with its 95 % interval. **Bold**: told apart "
+    "from luck at 5 % by an exact McNemar test after Holm's correction over all {family} comparisons of the study; "
+    "▼: for the worse. *Gap closed*: (variant − base) / (transfer oracle − base), mean over the sets where that "
+    "oracle gains at least {gap:.0f} points. FLOPs and first token: as ratios to base, means over sets. Rolled back: "
+    "questions whose adaptation the no-harm rule undid."
 )
 
 
@@ -41,10 +42,10 @@ def page(results: Results, files: Mapping[str, Path]) -> str:
     about = results["about"]
     parts = [
         "# Results on the pocket model",
-        f"What the strategies gain and cost on {len(SHIFTED)} sets that the pocket model was never trained on (skills that "
-        f"it knows in digits, asked in letters) and on {len(TRAINED)} that it was. {about['n']} test questions a set, "
-        "greedy answers, exact match; options were chosen on dev questions, and the test questions were scored once. The "
-        "model is a fixture of 4M parameters: what holds here is no claim about large models.",
+        f"What the strategies gain and cost on {len(SHIFTED)} sets that the pocket model was never trained on (it "
+        f"knows the skills in digits and is asked in letters) and on {len(TRAINED)} that it was. {about['n']} test "
+        "questions a set, greedy answers, exact match; options were chosen on dev questions, and test questions were "
+        "scored once. The model is a fixture of 4M parameters: what holds here is no claim about large models.",
         "`python -m demos.study.page` makes this page from `results.json`; `make artefacts` makes all of it, model "
         "included. No number on this page was typed.",
         "## In short",
@@ -68,10 +69,11 @@ def page(results: Results, files: Mapping[str, Path]) -> str:
 
 def summary(results: Results, found: Mapping[int, Comparison]) -> str:
     """Targets, met and missed."""
-    rows = []
     told = {shots: targets(results, shots) for shots in SHOTS if found.get(shots, {}).get("tasks")}
-    for several in zip(*told.values(), strict=True):
-        rows.append([several[0].words, *(f"**{MET[one.met]}**: {one.facts}" for one in several)])
+    rows = [
+        [several[0].words, *(f"**{MET[one.met]}**: {one.facts}" for one in several)]
+        for several in zip(*told.values(), strict=True)
+    ]
     return tables.markdown(["target", *(NAMES[shots] for shots in told)], rows, left=1 + len(told))
 
 
@@ -84,9 +86,9 @@ def _with_shots(results: Results, comparison: Comparison, shots: int, files: Map
         parts += [
             f"### How much room there is, {NAMES[shots]}",
             tables.room(results, shots),
-            "*Transfer*: one delta for the set, fitted on labelled dev questions and scored on these. *Own label*: a delta "
-            "optimised on the question's own answer; *wrong label*: the same towards a wrong answer. Where a wrong answer "
-            "can be forced as well, the own label proves nothing.",
+            "*Transfer*: one delta for the set, fitted on labelled dev questions and scored on these. *Own label*: a "
+            "delta optimised on the question's own answer; *wrong label*: the same towards a wrong answer. Where a "
+            "wrong answer can be forced as well, the own label proves nothing.",
             _picture(files, f"room_{shots}", "Base and oracles by set"),
         ]
     parts += [f"### Where nothing is wrong, {NAMES[shots]}", tables.harm(comparison)]
@@ -115,10 +117,9 @@ def example(one: Mapping[str, Any], files: Mapping[str, Path]) -> str:
         for c in report.get("experts", [])
     ]
     parts = [
-        f"Question {one['number']} of {one['set']}, the first of {one['looked_at']} test questions that `Rerouting({options})` "
-        f"turns from wrong to right; it turns {one['put_right']} of them."
-        if one["put_right"]
-        else f"`Rerouting({options})` turns none of {one['looked_at']} test questions of {one['set']} right; this is the first.",
+        f"Question {one['number']} of {one['set']}. `Rerouting({options})` turns {one['put_right']} of the first "
+        f"{one['looked_at']} test questions from wrong to right"
+        + ("; this is the first of them." * (one["put_right"] > 0)),
         "```text\n" + one["prompt"] + "\n```",
         tables.markdown(
             ["right", "base", "adapted", "loss on the solved answers", "held back", "outcome"],
@@ -135,7 +136,9 @@ def example(one: Mapping[str, Any], files: Mapping[str, Path]) -> str:
             left=6,
         ),
         _picture(files, "example", "Loss by step"),
-        "Experts that more and fewer of its tokens chose afterwards, with the change in percent of tokens:" if rows else "",
+        "Experts that more and fewer of its tokens chose afterwards, with the change in percent of tokens:"
+        if rows
+        else "",
         tables.markdown(["layer", "gained", "lost"], rows, left=3) if rows else "",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -183,10 +186,10 @@ def _method(results: Results) -> str:
     ]
     return (
         f"Model fingerprint `{about['fingerprint'][:12]}`, seed {about['seed']}, begun {about['started'][:10]} on "
-        f"{hardware['system']}, {hardware['processor'] or 'an unnamed processor'}, {hardware['threads']} thread; other "
-        f"jobs may have run beside, so times are upper bounds and FLOPs are what to compare. Versions: {versions}.\n\n"
-        "Options, as they were run"
-        f" ({NAMES[6]} where both were):\n\n" + tables.markdown(["variant", "options"], options, left=2)
+        f"{hardware['system']}, {hardware['processor'] or 'an unnamed processor'}, {hardware['threads']} thread; "
+        "other jobs may have run beside, so times are upper bounds and FLOPs are what to compare. Versions: "
+        f"{versions}.\n\nOptions, as they were run ({NAMES[6]} where both were):\n\n"
+        + tables.markdown(["variant", "options"], options, left=2)
     )
 
 
@@ -197,7 +200,7 @@ def _brief(options: Mapping[str, Any]) -> dict[str, Any]:
         if info.name == options["strategy"] and info.name not in ("expert_mask", "static_routing"):
             usual = info.cls().to_dict()
     kept = {k: v for k, v in options.items() if k == "strategy" or usual.get(k, v) != v}
-    return {k: v for k, v in kept.items() if k != "calibration"}
+    return {k: v for k, v in kept.items() if k not in LONG}
 
 
 def _picture(files: Mapping[str, Path], name: str, words: str) -> str:

@@ -1,4 +1,4 @@
-"""Which pictures does the results page have? Accuracy against cost, room by set, and the loss of the worked example."""
+"""Which pictures does the results page have? Accuracy against cost, room by set, the loss of the worked example."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ EVERYWHERE: dict[str, Any] = {"scope": "all", "layers": "all", "core_experts": 1
 SEARCHES: dict[str, Search] = {
     "scmoe_tuned": Search(ttr.SCMoE(), {"beta": (0.1, 0.3, 0.5), "weak": ("rank:2", "random")}, WORKED),
     "rerouting_answers": Search(
-        ttr.Rerouting(loss_on=ANSWERS, layers="all", interval=None), {"steps": (5, 10, 20), "lr": (0.05, 0.1)}, SHIFTED
+        ttr.Rerouting(loss_on=ANSWERS, layers="all", interval=None),
+        {"steps": (5, 10, 20), "lr": (0.05, 0.1)},
+        SHIFTED,
     ),
 }
 

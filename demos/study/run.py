@@ -76,7 +76,9 @@ def overview(place: Place, variants: Sequence[Variant], sets: Sequence[str]) -> 
 
 def chosen_sets(text: str) -> tuple[str, ...]:
     """Sets by the names of groups or their own."""
-    found = tuple(dict.fromkeys(name for part in text.split(",") for name in GROUPS.get(part.strip(), (part.strip(),))))
+    found = tuple(
+        dict.fromkeys(name for part in text.split(",") for name in GROUPS.get(part.strip(), (part.strip(),)))
+    )
     unknown = [name for name in found if name not in GROUPS["all"]]
     if unknown:
         raise ttr.ConfigError(f"No set {unknown[0]!r}. Known: {', '.join([*GROUPS, *GROUPS['all']])}.")
@@ -85,7 +87,9 @@ def chosen_sets(text: str) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shots", type=int, choices=SHOTS, help="solved examples before each question; default: both")
+    parser.add_argument(
+        "--shots", type=int, choices=SHOTS, help="solved examples before each question; default: both"
+    )
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join(v.name for v in VARIANTS)}")
     parser.add_argument("--sets", default="all", metavar="NAME,...", help="shifted, trained, or single ones")
     parser.add_argument("--n", type=int, default=500, help="test questions of each set")

@@ -11,7 +11,9 @@ from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKE
 from ttrouting.evaluation.report.markdown import NONE, number, p_value, ranged, score, times
 from ttrouting.evaluation.statistics import combined_interval
 
-ABOUT = {v.name: v.about for v in VARIANTS} | {SELF_CONSISTENCY: f"base, {max(v.samples for v in VARIANTS)} answers vote"}
+ABOUT = {v.name: v.about for v in VARIANTS} | {
+    SELF_CONSISTENCY: f"base, {max(v.samples for v in VARIANTS)} answers vote"
+}
 # of the same idea: as published, as users get it, as it works best here
 SETTINGS = {
     "Rerouting": ("rerouting_paper", "rerouting", "rerouting_answers"),
@@ -40,7 +42,14 @@ def shifted(results: Results, comparison: Comparison, shots: int) -> str:
     closed = gaps(results, shots)
     header = ["variant", *part, "mean", "gap closed", "FLOPs", "first token", "experts/token", "rolled back"]
     first = ["base", *(score(one["base"]["mean"], True) for one in part.values())]
-    first += [score(fmean(one["base"]["mean"] for one in part.values()), True), "", "1x", "1x", *_experts(part, None), ""]
+    first += [
+        score(fmean(one["base"]["mean"] for one in part.values()), True),
+        "",
+        "1x",
+        "1x",
+        *_experts(part, None),
+        "",
+    ]
     rows = [first]
     for name in dict.fromkeys(v for one in part.values() for v in one["variants"]):
         cells = {t: one["variants"].get(name) for t, one in part.items()}
@@ -88,7 +97,15 @@ def _experts(part: Mapping[str, Any], variant: str | None) -> list[str]:
 
 def room(results: Results, shots: int) -> str:
     """What the oracles show, by set."""
-    header = ["set", "base", "transfer", "gain", "own label", "wrong label: right", "wrong label: wrong answer forced"]
+    header = [
+        "set",
+        "base",
+        "transfer",
+        "gain",
+        "own label",
+        "wrong label: right",
+        "wrong label: wrong answer forced",
+    ]
     rows = []
     known = results["oracles"].get(str(shots), {})
     for name in (n for n in (*SHIFTED, *TRAINED) if n in known):
@@ -116,8 +133,12 @@ def harm(comparison: Comparison) -> str:
     for name in dict.fromkeys(v for one in tasks.values() for v in one["variants"]):
         cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
         worst = min(cells, key=lambda t: cells[t]["difference"])
-        named = [", ".join(t for t, c in cells.items() if c["verdict"] == word) or NONE for word in ("hurts", "helps")]
-        rows.append([name, rules[name], str(len(cells)), _mean(list(cells.values())), change(cells[worst]), worst, *named])
+        named = [
+            ", ".join(t for t, c in cells.items() if c["verdict"] == word) or NONE for word in ("hurts", "helps")
+        ]
+        rows.append(
+            [name, rules[name], str(len(cells)), _mean(list(cells.values())), change(cells[worst]), worst, *named]
+        )
     return markdown(header, rows, left=2)
 
 
@@ -161,8 +182,17 @@ def worked(results: Results, comparison: Comparison, shots: int) -> str:
 
 
 def settings(comparison: Comparison) -> str:
-    """The papers' settings beside ours: mean differences over shifted and over trained sets that all of a method have."""
-    header = ["method", "variant", "options", "shifted sets", "helps, hurts", "trained sets", "helps, hurts ", "FLOPs"]
+    """The papers' settings beside ours: mean differences, over sets on which all of a method were scored."""
+    header = [
+        "method",
+        "variant",
+        "options",
+        "shifted sets",
+        "helps, hurts",
+        "trained sets",
+        "helps, hurts ",
+        "FLOPs",
+    ]
     rows = []
     for method, names in SETTINGS.items():
         seen = {v for one in comparison["tasks"].values() for v in one["variants"]}
