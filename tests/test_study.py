@@ -1,4 +1,4 @@
-"""The study on the pocket model: its arithmetic, its page from a small file, its plan, its oracles, a run in small."""
+"""The study on the pocket model: its arithmetic, its page from a small file, its plan, its oracles, a small run."""
 
 import json
 import random
@@ -150,7 +150,7 @@ def test_the_interval_of_the_gap_holds_the_truth():
     held = 0
     for seed in range(40):
         u = np.random.default_rng(seed).random((3, 300))
-        texts = [{str(i): "".join("01"[x < p] for x in u[i]) for i in range(3)} for p in (0.4, 0.55, 0.7)]
+        texts = [{str(i): "".join("01"[int(x < p)] for x in u[i]) for i in range(3)} for p in (0.4, 0.55, 0.7)]
         low, high = arithmetic.gap_closed(*texts, seed=seed).interval
         held += low <= 0.5 <= high
     assert held >= 34  # 38 expected

@@ -72,7 +72,11 @@ def comparisons(results: Results) -> dict[int, Comparison]:
                 "metric": "exact_match",
                 "n": known.size,
                 "failed": len(right) - known.size,
-                "base": {"mean": float(known.mean()), "interval": list(mean_interval(known)), "cost": one["cost"]},
+                "base": {
+                    "mean": float(known.mean()),
+                    "interval": list(mean_interval(known)),
+                    "cost": _shown(one["cost"]),
+                },
                 "variants": {
                     variant: {**cell(kept.get("base", one["base"]), kept["right"]), **_costs(kept)}
                     for variant, kept in sorted(one["variants"].items(), key=lambda item: ORDER.index(item[0]))
@@ -91,7 +95,12 @@ ORDER = [name for v in VARIANTS for name in ([SELF_CONSISTENCY] if v.samples > 1
 
 
 def _costs(kept: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kept[name] for name in ("cost", "ratios", "rolled_back", "adapted")}
+    return {**{name: kept[name] for name in ("ratios", "rolled_back", "adapted")}, "cost": _shown(kept["cost"])}
+
+
+def _shown(cost: Mapping[str, Any]) -> dict[str, Any]:
+    """As pictures want it; of layers nothing is kept."""
+    return {**cost, "experts_per_layer": []}
 
 
 def only(comparison: Comparison, sets: Sequence[str], variants: Sequence[str] | None = None) -> Comparison:
