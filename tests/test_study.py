@@ -157,7 +157,7 @@ def test_the_interval_of_the_gap_holds_the_truth():
 
 
 def test_targets(results):
-    room, closed, harm, saved, worked = arithmetic.targets(results, 6)
+    room, closed, harm, saved, worked = arithmetic.targets(results, arithmetic.comparisons(results)[6], 6)
     gains = [share(o["right"]["transfer"]) - share(o["right"]["base"]) for o in results["oracles"]["6"].values()]
     assert min(gains) > 0.15
     assert [one.met for one in (room, closed, harm, saved, worked)] == [True, True, False, True, False]
@@ -173,7 +173,7 @@ def test_targets(results):
 
 def test_what_is_not_there_is_not_judged(results):
     results["runs"]["6"], results["oracles"]["6"] = {}, {}
-    assert [one.met for one in arithmetic.targets(results, 6)] == [None] * 5
+    assert [one.met for one in arithmetic.targets(results, arithmetic.comparisons(results)[6], 6)] == [None] * 5
 
 
 # --- page ----------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_part_that_is_missing_is_said(results, tmp_path):
     results["oracles"]["6"] = {}
     found = arithmetic.comparisons(results)
     files = pictures.write(results, found, tmp_path)
-    text = page.page(results, files)
+    text = page.page(results, found, files)
     assert "`rerouting`, after six solved examples: reverse_letters" in text
     assert "oracles, after six solved examples" in text
     assert "no oracle was measured" in text
@@ -324,7 +324,7 @@ def test_a_run_and_what_is_collected_of_it(tmp_path, monkeypatch, capsys):
         assert one["variants"]["scmoe"]["right"] == expected
         assert one["variants"]["dynamic_k"]["cost"]["experts_per_token"] < 2
     assert found["about"]["n"] == 6
-    assert page.page(found, {})
+    assert page.page(found, arithmetic.comparisons(found), {})
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["run", *flags, "--list"])
     study.main()

@@ -197,9 +197,8 @@ class Target:
     facts: str
 
 
-def targets(results: Results, shots: int) -> list[Target]:
-    """What was aimed for, and what was reached, with so many solved examples."""
-    comparison = comparisons(results).get(shots, {"tasks": {}, "family": 0})
+def targets(results: Results, comparison: Comparison, shots: int) -> list[Target]:
+    """What was aimed for, and what was reached, with so many solved examples, of which the comparison is."""
     return [
         _room(results, shots),
         _closed(results, comparison, shots),

@@ -36,9 +36,8 @@ LEGEND = (
 )
 
 
-def page(results: Results, files: Mapping[str, Path]) -> str:
-    """The whole text; `files` are its pictures."""
-    found = comparisons(results)
+def page(results: Results, found: Mapping[int, Comparison], files: Mapping[str, Path]) -> str:
+    """The whole text; `found` are the comparisons of the results, `files` the pictures of both."""
     about = results["about"]
     parts = [
         "# Results on the pocket model",
@@ -69,7 +68,7 @@ def page(results: Results, files: Mapping[str, Path]) -> str:
 
 def summary(results: Results, found: Mapping[int, Comparison]) -> str:
     """Targets, met and missed."""
-    told = {shots: targets(results, shots) for shots in SHOTS if found.get(shots, {}).get("tasks")}
+    told = {shots: targets(results, found[shots], shots) for shots in SHOTS if found.get(shots, {}).get("tasks")}
     rows = [
         [several[0].words, *(f"**{MET[one.met]}**: {one.facts}" for one in several)]
         for several in zip(*told.values(), strict=True)
@@ -228,8 +227,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="pictures go into pictures/ beside it")
     options = parser.parse_args()
     results = read_results(options.results)
-    files = pictures.write(results, comparisons(results), options.page.parent / "pictures")
-    write_text(options.page, page(results, files))
+    found = comparisons(results)
+    files = pictures.write(results, found, options.page.parent / "pictures")
+    write_text(options.page, page(results, found, files))
     print(options.page)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.task import Task
+from rich.console import Console
 
 import ttrouting as ttr
 from ttrouting.cli.calibrate import pocket_texts
@@ -21,7 +22,7 @@ from ttrouting.evaluation.adapted_lm import AdaptedLM
 from ttrouting.evaluation.compare import compare
 from ttrouting.evaluation.documents import Asking, build
 from ttrouting.evaluation.files import prepare
-from ttrouting.evaluation.progress import Told
+from ttrouting.evaluation.progress import bars
 from ttrouting.evaluation.question import Question, Variant, seed_everything, with_base
 from ttrouting.evaluation.recipes import read_recipe, write_recipe
 from ttrouting.evaluation.run import run
@@ -76,7 +77,7 @@ class Place:
     Args:
         shots: solved examples before each question. out: where studies live.
         n, dev: test questions of a set; dev questions of a set that options are chosen on.
-        told: is told how runs go on, made anew for each.
+        console: where bars are drawn; None draws none.
     """
 
     shots: int
@@ -84,7 +85,7 @@ class Place:
     out: Path = OUT
     n: int = 500
     dev: int = 40
-    told: Callable[[], Told | None] = lambda: None
+    console: Console | None = None
     _tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
 
     @cached_property
@@ -154,7 +155,8 @@ class Place:
         )
         tasks = {f"pocket_{name}": self.task(name, question.split) for name in sets}
         try:
-            run(question, lm, tasks, folder, told=self.told())
+            with bars(self.console) as told:
+                run(question, lm, tasks, folder, told=told)
         finally:
             lm.close()
         compare(folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from rich.table import Table
@@ -23,7 +22,6 @@ from demos.study.plan import SEARCHES, SHIFTED, SHOTS, TRAINED, VARIANTS, Varian
 from ttrouting.cli.output import Output
 from ttrouting.evaluation import question
 from ttrouting.evaluation.compare import COMPARISON
-from ttrouting.evaluation.progress import Told, bars
 
 GROUPS = {"shifted": SHIFTED, "trained": TRAINED, "all": SHIFTED + TRAINED}
 
@@ -99,17 +97,15 @@ def main() -> None:
     options = parser.parse_args()
     sets, output = chosen_sets(options.sets), Output()
     only = tuple(filter(None, options.only.split(",")))
-    with ExitStack() as drawn:
-        told: Told | None = None if options.list else drawn.enter_context(bars(output.notes))
-        for shots in SHOTS if options.shots is None else (options.shots,):
-            place = Place(shots, SEARCHES, options.out, options.n, options.dev, told=lambda: told)
-            variants = planned(only, shots)
-            if options.list:
-                output.show(overview(place, variants, sets))
-                continue
-            for variant, name in todo(place, variants, sets):
-                output.note(f"{shots} solved examples, {name}: {variant.name}")
-                score(place, variant, name)
+    for shots in SHOTS if options.shots is None else (options.shots,):
+        place = Place(shots, SEARCHES, options.out, options.n, options.dev, output.notes)
+        variants = planned(only, shots)
+        if options.list:
+            output.show(overview(place, variants, sets))
+            continue
+        for variant, name in todo(place, variants, sets):
+            output.note(f"{shots} solved examples, {name}: {variant.name}")
+            score(place, variant, name)
 
 
 if __name__ == "__main__":
