@@ -281,6 +281,7 @@ def test_wrong_labels_are_other_answers():
 
 def test_oracles(alone, monkeypatch):
     monkeypatch.setitem(oracles.FIT, "steps", 5)
+    monkeypatch.setattr(oracles, "FORCED", 6)
     found = json.loads(json.dumps(oracles.measure(alone, "reverse_letters", 16)))
     examples = sample("reverse", "letters", "test", 8)
     texts = complete(alone.model, alone.tokenizer, [f"{e.prompt} " for e in examples])
@@ -289,7 +290,14 @@ def test_oracles(alone, monkeypatch):
     assert share(found["forced"]["wrong_label"]) >= 0.25 > share(found["forced"]["base"])
     for kind, paired in found["paired"].items():
         right = found["right"]
-        assert paired["difference"] == pytest.approx(share(right[kind]) - share(right["base"]))
+        base = right["base"][: len(right[kind])]
+        assert paired["difference"] == pytest.approx(share(right[kind]) - share(base))
+    assert {kind: len(one) for kind, one in right.items()} == {
+        "base": 8,
+        "own_label": 6,
+        "wrong_label": 6,
+        "transfer": 8,
+    }
     assert found["transfer_fit"]["pairs"] == 16
     # a label is forced or right, never both
     assert not any(a == b == "1" for a, b in zip(right["wrong_label"], found["forced"]["wrong_label"], strict=True))

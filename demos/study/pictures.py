@@ -48,10 +48,10 @@ def room(oracles: Mapping[str, Any]) -> Any:
     width = 0.8 / len(ORACLES)
     for number, (kind, colour) in enumerate(ORACLES.items()):
         at = [i + (number - 1.5) * width for i in range(len(sets))]
-        shares = [100 * oracles[name]["right"][kind].count("1") / oracles[name]["n"] for name in sets]
+        shares = [_percent(oracles[name]["right"][kind]) for name in sets]
         axis.bar(at, shares, width, color=colour, label=kind.replace("_", " "))
         if kind == "wrong_label":
-            forced = [100 * oracles[name]["forced"][kind].count("1") / oracles[name]["n"] for name in sets]
+            forced = [_percent(oracles[name]["forced"][kind]) for name in sets]
             axis.plot(at, forced, ls="", marker="v", color=FAINT, label="wrong answer forced")
     axis.set_xticks(range(len(sets)), [name.removesuffix("_letters") for name in sets])
     axis.set_ylabel("questions (%)")
@@ -59,6 +59,10 @@ def room(oracles: Mapping[str, Any]) -> Any:
     axis.grid(axis="y")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5, fontsize=8.5)
     return figure
+
+
+def _percent(right: str) -> float:
+    return 100 * right.count("1") / len(right)
 
 
 def curve(report: Mapping[str, Any]) -> Any:

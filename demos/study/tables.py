@@ -110,15 +110,15 @@ def room(results: Results, shots: int) -> str:
     known = results["oracles"].get(str(shots), {})
     for name in (n for n in (*SHIFTED, *TRAINED) if n in known):
         one = known[name]
-        right = {kind: 100 * text.count("1") / one["n"] for kind, text in one["right"].items()}
-        paired = one["paired"]["transfer"]
+        right = {kind: 100 * text.count("1") / len(text) for kind, text in one["right"].items()}
+        paired, forced = one["paired"]["transfer"], one["forced"]["wrong_label"]
         rows.append(
             [
                 name,
                 *(f"{right[kind]:.1f}" for kind in ("base", "transfer")),
                 ranged(paired["difference"], paired["interval"], True, signed=True),
                 *(f"{right[kind]:.1f}" for kind in ("own_label", "wrong_label")),
-                f"{100 * one['forced']['wrong_label'].count('1') / one['n']:.1f}",
+                f"{100 * forced.count('1') / len(forced):.1f}",
             ]
         )
     return markdown(header, rows)
