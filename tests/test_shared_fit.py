@@ -21,7 +21,8 @@ def make_pairs(count=16, seed=0, answers=("yes", "(a)")):
     """Random questions of several lengths with few answers, which one delta can make likelier."""
     draw = random.Random(seed)
     return [
-        ("".join(draw.choice(LETTERS) for _ in range(draw.randint(3, 12))), draw.choice(answers)) for _ in range(count)
+        ("".join(draw.choice(LETTERS) for _ in range(draw.randint(3, 12))), draw.choice(answers))
+        for _ in range(count)
     ]
 
 
@@ -172,17 +173,17 @@ def test_nothing_is_fitted_where_enough_is_right(olmoe_double, tokenizer):
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()], ids=["whole", "interrupted"])
-def test_nothing_is_left_behind(olmoe, tokenizer, untouched, error):
+def test_nothing_is_left_behind(olmoe_double, tokenizer, untouched, error):
     def progress(step, loss):
         if error is not None and step == 2:
             raise error
 
-    with untouched(olmoe):
+    with untouched(olmoe_double):
         if error is None:
-            fit_shared_delta(olmoe, tokenizer, PAIRS, steps=3, progress=progress)
+            fit_shared_delta(olmoe_double, tokenizer, PAIRS, steps=3, progress=progress)
         else:
             with pytest.raises(KeyboardInterrupt):
-                fit_shared_delta(olmoe, tokenizer, PAIRS, steps=3, progress=progress)
+                fit_shared_delta(olmoe_double, tokenizer, PAIRS, steps=3, progress=progress)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +198,13 @@ def test_nothing_is_left_behind(olmoe, tokenizer, untouched, error):
     ],
     ids=str,
 )
-def test_wrong_requests(olmoe, tokenizer, untouched, options, words):
-    with untouched(olmoe), pytest.raises(ttr.ConfigError, match=words):
-        fit_shared_delta(olmoe, tokenizer, options.pop("pairs", PAIRS), **options)
+def test_wrong_requests(olmoe_double, tokenizer, untouched, options, words):
+    with untouched(olmoe_double), pytest.raises(ttr.ConfigError, match=words):
+        fit_shared_delta(olmoe_double, tokenizer, options.pop("pairs", PAIRS), **options)
 
 
-def test_models_that_are_refused(olmoe, tokenizer):
-    with ttr.adapt(olmoe, ttr.StaticRouting()) as adapted, pytest.raises(ttr.ConfigError, match="not adapted"):
+def test_models_that_are_refused(olmoe_double, tokenizer):
+    with ttr.adapt(olmoe_double, ttr.StaticRouting()) as adapted, pytest.raises(ttr.ConfigError, match="not adapted"):
         fit_shared_delta(adapted, tokenizer, PAIRS)
     with pytest.raises(ttr.UnsupportedCallError, match="training mode"):
-        fit_shared_delta(olmoe.train(), tokenizer, PAIRS)
+        fit_shared_delta(build_double("olmoe").train(), tokenizer, PAIRS)
