@@ -81,13 +81,15 @@ def _with_shots(results: Results, comparison: Comparison, shots: int, files: Map
     parts = [f"## Shifted sets, {NAMES[shots]}", tables.shifted(results, comparison, shots)]
     parts += [LEGEND.format(family=family, gap=100 * LEAST_GAP), _best(results, shots)]
     parts += [_picture(files, f"front_{shots}", "Accuracy against FLOPs, mean over the shifted sets")]
-    if results["oracles"].get(str(shots)):
+    if measured := results["oracles"].get(str(shots)):
+        asked = max(len(one["right"]["own_label"]) for one in measured.values())
         parts += [
             f"### How much room there is, {NAMES[shots]}",
             tables.room(results, shots),
             "*Transfer*: one delta for the set, fitted on labelled dev questions and scored on these. *Own label*: a "
             "delta optimised on the question's own answer; *wrong label*: the same towards a wrong answer. Where a "
-            "wrong answer can be forced as well, the own label proves nothing.",
+            "wrong answer can be forced as well, the own label proves nothing. These two were asked the first "
+            f"{asked} questions of each set.",
             _picture(files, f"room_{shots}", "Base and oracles by set"),
         ]
     parts += [f"### Where nothing is wrong, {NAMES[shots]}", tables.harm(comparison)]
