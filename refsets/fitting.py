@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from ttrouting.errors import ConfigError
+from ttrouting.errors import ArtefactError, ConfigError
 from ttrouting.evaluation.statistics import ALPHA, sign_flip_p
 from ttrouting.refsets.builder import made
 from ttrouting.refsets.records import Record
@@ -31,6 +32,7 @@ from ttrouting.target import Target
 
 ENOUGH = 0.97  # share of held-out references answered right, from which on nothing is wrong that could be mended
 MIN_REFERENCES = 24  # of a task: of fewer, fewer than six would judge
+MOST_REFERENCES = 400  # that are read: 60 steps see the pairs to fit eight times, and a hundred judge
 HELD_OUT = 0.25
 
 
@@ -70,8 +72,11 @@ def fit_tasks(
     say = progress or (lambda _: None)
     if isinstance(shots, bool) or not isinstance(shots, int) or not 0 <= shots <= 100:
         raise ConfigError(f"shots must be a whole number from 0 to 100, got {shots!r}.")
-    target = Target(model, find_sites(model), tokenizer)
-    refset.check_model(target.fingerprint)
+    folder = refset.path if out is None else Path(out).expanduser()
+    _check_writable(folder)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"fit_tasks needs a loaded model that is not adapted, got {model!r}.")
+    refset.check_model(Target(model, find_sites(model), tokenizer).fingerprint)
     records = [refset.record(i) for i in range(len(refset))]
     tasks: dict[str, list[Record]] = {}
     for record in records:
@@ -96,7 +101,8 @@ def fit_tasks(
         if len(own) < wanted:
             fits.append(TaskFit(task, len(own), "too few", f"{wanted} are needed"))
             continue
-        pairs = _pairs(own, shots, seed)
+        used = random.Random(f"{seed}|{task}").sample(own, MOST_REFERENCES) if len(own) > MOST_REFERENCES else own
+        pairs = _pairs(used, shots, seed)
         found = fit_shared_delta(model, tokenizer, pairs, progress=partial(_tell, say, label), **options)
         outcome, reason, p_value = judge(found.held, found.step)
         row = -1
@@ -115,7 +121,7 @@ def fit_tasks(
         "options": {**options, "shots": shots},
         "provenance": made(),
     }
-    return write_task_deltas(refset.path if out is None else Path(out).expanduser(), values, fits, manifest)
+    return write_task_deltas(folder, values, fits, manifest)
 
 
 def judge(held: Part, step: int) -> tuple[str, str, float]:
@@ -134,6 +140,13 @@ def judge(held: Part, step: int) -> tuple[str, str, float]:
     if after.share_right < before.share_right:
         return "rejected", f"fewer are right: {before.share_right:.0%} -> {after.share_right:.0%}", p_value
     return "accepted", f"{told}, p = {p_value:.2g}", p_value
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise `ArtefactError` before the work where its result could not be written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ArtefactError(f"Cannot write in {folder}. Choose another folder for the deltas: out (--out DIR).")
 
 
 def _shares_and_losses(held: Part) -> tuple[float, float, float, float]:
@@ -163,7 +176,7 @@ def _pairs(records: Sequence[Record], shots: int, seed: int) -> list[tuple[str, 
     for number, record in enumerate(records):
         front = ""
         if shots and number % 2:
-            others = draw.sample([r for r in records if r is not record], shots)
-            front = "".join(other.prompt + other.answer for other in others)
+            others = [(number + 1 + i) % len(records) for i in draw.sample(range(len(records) - 1), shots)]
+            front = "".join(records[i].prompt + records[i].answer for i in others)
         pairs.append((front + record.prompt, record.answer))
     return pairs

@@ -18,6 +18,7 @@ from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Json, ModelNa
 from ttrouting.cli.output import Output
 from ttrouting.cli.refset_build import SetName
 from ttrouting.refsets import ReferenceSet, TaskDeltas, fit_tasks, resolve
+from ttrouting.shared_fit import shared_rule
 
 
 def command(
@@ -49,6 +50,7 @@ def command(
     Example: ttrouting refset fit my_set --model NAME
     """
     output = Output(as_json)
+    shared_rule(layers)  # a wrong one is told before a model is loaded
     found = ReferenceSet.open(resolve(refset))
     with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
