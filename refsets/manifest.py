@@ -35,30 +35,50 @@ def read_manifest(folder: Path) -> Manifest:
         ArtefactError: missing, damaged, of another schema, an empty set, or a file name that is not plain.
     """
     file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ArtefactError(_missing(folder)) from None
-    except OSError as error:
-        raise ArtefactError(f"Cannot read {file}: {error.strerror}. Check its permissions.") from None
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{file} is damaged: {error}. Build or copy the set again.") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or manifest.get("kind") != KIND:
-        told = [manifest.get(k) for k in ("kind", "schema")] if isinstance(manifest, dict) else [None, None]
-        raise ArtefactError(
-            f"{file} is of kind {told[0]!r} and schema {told[1]!r}; this version reads {KIND!r} of schema {SCHEMA}. "
-            "Build the set again."
-        )
-    if manifest.get("sha256") != digest(manifest):
-        raise ArtefactError(f"{file} was changed after it was written: its hash does not fit. Build the set again.")
+    manifest = read_signed(file, KIND, SCHEMA, "Build the set again.")
+    if manifest is None:
+        raise ArtefactError(_missing(folder))
     lacking = _lacking(manifest)
     if lacking:
         raise ArtefactError(f"{file} lacks {lacking}. Build the set again.")
-    for name in manifest["files"]:
-        if not _PLAIN.fullmatch(name):
-            raise ArtefactError(f"{file} names {name!r}, which is no plain file in its folder. Do not use this set.")
     if manifest["counts"]["records"] == 0:
         raise ArtefactError(f"{folder} holds no record. Build it again; keep='all' keeps wrong answers too.")
+    return manifest
+
+
+def read_signed(file: Path, kind: str, schema: int, again: str) -> Manifest | None:
+    """A JSON object of this kind and schema whose own hash fits, or None where there is no such file.
+
+    Args:
+        again: what to do where it cannot be used, for the message.
+
+    Raises:
+        ArtefactError: it cannot be read, is damaged, of another kind or schema, or names a file that is not plain.
+    """
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ArtefactError(f"Cannot read {file}: {error.strerror}. Check its permissions.") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{file} is damaged: {error}. {again}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != schema or manifest.get("kind") != kind:
+        told = [manifest.get(k) for k in ("kind", "schema")] if isinstance(manifest, dict) else [None, None]
+        raise ArtefactError(
+            f"{file} is of kind {told[0]!r} and schema {told[1]!r}; this version reads {kind!r} of schema {schema}. "
+            f"{again}"
+        )
+    if manifest.get("sha256") != digest(manifest):
+        raise ArtefactError(f"{file} was changed after it was written: its hash does not fit. {again}")
+    files = manifest.get("files")
+    for name, facts in files.items() if isinstance(files, dict) else ():
+        if not _PLAIN.fullmatch(name):
+            raise ArtefactError(f"{file} names {name!r}, which is no plain file in its folder. Do not use it.")
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int:
+            raise ArtefactError(f"{file} lacks the size of {name}. {again}")
+        if not _SHA.fullmatch(str(facts.get("sha256"))):
+            raise ArtefactError(f"{file} lacks the sha256 of {name}. {again}")
     return manifest
 
 
@@ -155,9 +175,4 @@ def _lacking(manifest: Manifest) -> str:
         for key, kind in keys.items():
             if type(value.get(key)) is not kind or (kind is int and value[key] < 0):
                 return f"{part}.{key}"
-    for name, facts in manifest["files"].items():
-        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int:
-            return f"the size of {name}"
-        if not _SHA.fullmatch(str(facts.get("sha256"))):
-            return f"the sha256 of {name}"
     return ""

@@ -23,12 +23,14 @@ from ttrouting.refsets.arrays import ArrayFile
 from ttrouting.refsets.checks import check_embeddings, open_arrays
 from ttrouting.refsets.index_files import keep_index, read_index
 from ttrouting.refsets.manifest import (
+    DATA_FILES,
     EMBEDDINGS,
     OFFSETS,
     PATHWAYS,
     RECORDS,
     Manifest,
     check_hash,
+    digest,
     inside,
     read_manifest,
 )
@@ -77,6 +79,12 @@ class ReferenceSet:
     def fingerprint(self) -> str:
         """Of the model that the set was built with."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the files of data: of what is in the set, wherever it stands and whatever indexes are kept."""
+        files = self.manifest["files"]
+        return digest({name: files[name]["sha256"] for name in DATA_FILES})
 
     @property
     def embedder_name(self) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ttrouting.clock import Clock
 from ttrouting.context import Context
 from ttrouting.descent import descend
 from ttrouting.errors import UnsupportedCallError
@@ -78,7 +78,7 @@ class C3PORun(RoutingRun):
     def prepare(self, context: Context) -> None:
         """Read the prompt, ask the neighbours, fit, and keep what helps."""
         options, target = self.strategy, self.session.plan.target
-        clock = _Clock()
+        clock = Clock()
         self.at, self.on = context.mask.sum(1) - 1, torch.zeros_like(self.on)
         tail = self.session.tail(self.first)
         opening = Opening(self.session, replace(context, targets=torch.zeros_like(context.targets)), tail)
@@ -241,16 +241,3 @@ class _Answers:
         finally:
             run._texts_at = None
         return mean_loss(losses, texts.context.targets).view(texts.weights.shape).to(value)
-
-
-class _Clock:
-    """Milliseconds of each phase, by name."""
-
-    def __init__(self) -> None:
-        self.milliseconds: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = perf_counter()
-        self.milliseconds[name] = round(1000 * (now - self._last), 3)
-        self._last = now

@@ -17,6 +17,7 @@ from ttrouting.errors import ConfigError
 from ttrouting.pathways import PathwayRecorder, answered_context, encode
 from ttrouting.refsets import Neighbours, ReferenceSet
 from ttrouting.refsets.kernels import weights as kernel_weights
+from ttrouting.strategies._asking import texts_of, token_rows
 from ttrouting.target import Target
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def ask(options: C3PO, target: Target, context: Context, recorder: PathwayRecord
     if options.embeds is None:
         query = recorder.pooled().double().cpu().numpy()
     else:
-        query = options.embeds.embed(_texts(target.tokenizer, context))
+        query = options.embeds.embed(texts_of(token_rows(context), target.tokenizer))
     count, similar = options.k + target.no_harm, options.max_similarity
     if options.surrogate == "mode_finding":
         first = options.first_layer(len(target.sites))
@@ -137,17 +138,9 @@ def own_texts(labels: tuple[str, ...], target: Target, context: Context, like: T
     Raises:
         ConfigError: another number of labels than of sequences.
     """
-    prompts = _rows(context)
+    prompts = token_rows(context)
     if len(labels) != len(prompts):
         raise ConfigError(f"c3po.labels has {len(labels)} answers for {len(prompts)} sequences. Give one for each.")
     answers = [target.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
     rows, at = answered_context(prompts, answers, target.tokenizer.pad_token_id or 0, context.ids.device)
     return AnsweredTexts(rows, at, like.new_ones(len(prompts), 1))
-
-
-def _rows(context: Context) -> list[list[int]]:
-    return [ids[mask].tolist() for ids, mask in zip(context.ids, context.mask, strict=True)]
-
-
-def _texts(tokenizer: Any, context: Context) -> list[str]:
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in _rows(context)]

@@ -5,21 +5,19 @@ What happens during a call is in `_c3po_run.py`, retrieval in `_neighbourhood.py
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from ttrouting.errors import ConfigError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
 from ttrouting.head import check_head
 from ttrouting.layers import LayerRule
-from ttrouting.refsets import ReferenceSet, resolve
-from ttrouting.refsets.embedders import Embedder, as_embedder
+from ttrouting.refsets import ReferenceSet
 from ttrouting.refsets.kernels import KERNELS
 from ttrouting.scoring import INVERSES
 from ttrouting.session import Session
+from ttrouting.strategies._asking import AsksReferences
 from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of
 from ttrouting.target import Target
 
@@ -28,7 +26,7 @@ SCOPES = ("last_prompt_token", "all")
 
 
 @dataclass(frozen=True)
-class C3PO(RoutingStrategy):
+class C3PO(AsksReferences, RoutingStrategy):
     """Override expert scores at the last prompt token by what neighbours in a reference set suggest.
 
     Neighbours are the nearest references by question embedding. Their answers are known, so that a pathway can be
@@ -70,6 +68,20 @@ class C3PO(RoutingStrategy):
         "scope": ("last_prompt_token", "all"),
         "use": ("successful", "all"),
     }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {  # written out, though they are the defaults: those may change
+            "surrogate": "ngd",
+            "k": 3,
+            "steps": 10,
+            "lr": None,  # 0.01 at this scope
+            "layers": "last:5",
+            "core_experts": 0.3125,
+            "kernel": "gaussian",
+            "scope": "last_prompt_token",
+            "use": "successful",
+            "max_similarity": 0.95,
+        }
+    }
 
     refset: str | ReferenceSet = "pocket"
     surrogate: str = "ngd"
@@ -91,8 +103,7 @@ class C3PO(RoutingStrategy):
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.refset, (str, os.PathLike, ReferenceSet)):
-            raise ConfigError(f"c3po.refset must be a reference set or its folder, got {self.refset!r}.")
+        self.check_refset()
         one_of(self.name, "surrogate", self.surrogate, SURROGATES)
         in_range(self.name, "k", self.k, 1, 1000, whole=True)
         in_range(self.name, "steps", self.steps, 0, 10_000, whole=True)
@@ -130,22 +141,9 @@ class C3PO(RoutingStrategy):
         descends = self.surrogate in ("ngd", "oracle")
         return (self.steps == 0 or self.lr == 0) if descends else self.alpha == 1
 
-    @cached_property
-    def references(self) -> ReferenceSet:
-        """The reference set, opened when it is first asked for."""
-        return self.refset if isinstance(self.refset, ReferenceSet) else ReferenceSet.open(resolve(self.refset))
-
-    @cached_property
-    def embeds(self) -> Embedder | None:
-        """The embedder of the set if it is not the model itself, loaded when it is first asked for."""
-        return None if self.embedder is None else as_embedder(self.embedder)
-
     def to_dict(self) -> dict[str, Any]:
-        """As every strategy's; a set is named by its folder, an embedder by its name: a function is given again."""
-        where = str(self.refset.path) if isinstance(self.refset, ReferenceSet) else str(self.refset)
-        named = self.embedder is None or isinstance(self.embedder, str)
-        name = self.embedder if named else as_embedder(self.embedder).name.removeprefix("sentence-transformers:")
-        return {**super().to_dict(), "refset": where, "embedder": name}
+        """As every strategy's, with set and embedder by their names."""
+        return {**super().to_dict(), **self.named()}
 
     def first_layer(self, layers: int) -> int:
         """Index of the lowest critical layer."""
@@ -173,7 +171,7 @@ class C3PO(RoutingStrategy):
                     "Give fewer, or a share such as 0.3."
                 )
         if self.surrogate != "oracle":
-            self._check_references(target)
+            self._check_counts(target)
         if self.identity:
             return
         if target.tokenizer is None and (self.reads_answers(target) or self.embedder is not None):
@@ -186,9 +184,8 @@ class C3PO(RoutingStrategy):
         """Whether neighbours have to be read by the model, and not only looked up."""
         return self.surrogate in ("ngd", "oracle") or self.alpha is None or target.no_harm
 
-    def _check_references(self, target: Target) -> None:
-        self.references.check_model(target.fingerprint)
-        self._check_embedder()
+    def _check_counts(self, target: Target) -> None:
+        self.check_references(target)
         counts = self.references.manifest["counts"]
         usable, wanted = counts["records" if self.use == "all" else "correct"], self.k + target.no_harm
         if self.eps is None and wanted > usable:
@@ -197,26 +194,6 @@ class C3PO(RoutingStrategy):
             raise ConfigError(
                 f"c3po.k={self.k} asks for {self.k} neighbours{judge}; this reference set has {usable} {kind}"
                 f"references. Use a smaller k or a larger set{other}."
-            )
-
-    def _check_embedder(self) -> None:
-        made_with, dimension = self.references.embedder_name, self.references.dimension
-        if made_with == "model":
-            if self.embedder is not None:
-                raise ConfigError("c3po.embedder: this reference set was embedded by the model itself. Leave it out.")
-            return
-        if self.embedder is None:
-            raise ConfigError(f"c3po.embedder: this reference set was embedded by {made_with}. Give it: embedder=...")
-        if isinstance(self.embedder, str) and self.embedder.startswith("callable:"):
-            raise ConfigError(
-                f"c3po.embedder is the name of a function, {self.embedder!r}, as a file keeps it. Give the function "
-                "itself: dataclasses.replace(strategy, embedder=function)."
-            )
-        embeds = self.embeds
-        if embeds is not None and (embeds.name, embeds.dimension) != (made_with, dimension):
-            raise ConfigError(
-                f"c3po.embedder is {embeds.name} with {embeds.dimension} numbers a text, this reference set was "
-                f"embedded by {made_with} with {dimension}. Give that one, or an object of this name and dimension."
             )
 
     def start(self, session: Session) -> RoutingRun:

@@ -64,6 +64,16 @@ class Rerouting(RoutingStrategy):
         "lr": (0.02, 0.05, 0.1),
         "layers": ("last:0.5", "all"),
     }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {  # the share of layers and the optimiser are not published; see the options
+            "steps": 5,
+            "lr": 0.05,
+            "interval": 128,
+            "optimizer": "adam",
+            "layers": "highest:0.5",
+            "loss_on": "all",
+        }
+    }
 
     steps: int = 5
     lr: float = 0.05

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ttrouting.refsets import ReferenceSet
     from ttrouting.registry import StrategyInfo, get_strategy, list_strategies
     from ttrouting.report import Report
+    from ttrouting.shared_fit import SharedFit, fit_shared_delta
     from ttrouting.sites import Site, find_sites
     from ttrouting.state import AdaptationState
     from ttrouting.strategies.c3po import C3PO
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ttrouting.strategies.rerouting import Rerouting
     from ttrouting.strategies.scmoe import SCMoE
     from ttrouting.strategies.static_routing import StaticRouting
+    from ttrouting.strategies.task_delta import TaskDelta
     from ttrouting.strategy import DecodingRun, DecodingStrategy, RoutingRun, RoutingStrategy
 
 __version__ = "0.1.0"
@@ -60,6 +62,7 @@ _HOMES = {
     "ttrouting.refsets": ("ReferenceSet",),
     "ttrouting.report": ("Report",),
     "ttrouting.sites": ("Site", "find_sites"),
+    "ttrouting.shared_fit": ("SharedFit", "fit_shared_delta"),
     "ttrouting.state": ("AdaptationState",),
     "ttrouting.strategy": ("DecodingRun", "DecodingStrategy", "RoutingRun", "RoutingStrategy"),
 }
@@ -85,15 +88,18 @@ __all__ = [
     "RoutingRun",
     "RoutingStrategy",
     "SCMoE",
+    "SharedFit",
     "Site",
     "StaticRouting",
     "StrategyInfo",
     "TTRoutingError",
+    "TaskDelta",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "adapt",
     "calibrate",
     "find_sites",
+    "fit_shared_delta",
     "get_strategy",
     "list_strategies",
     "load",

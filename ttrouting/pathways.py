@@ -31,10 +31,12 @@ class PathwayRecorder:
     Attributes:
         at: `[B]` int64, position inside its sequence of the token whose scores are kept.
         scores: by layer `[B, E]` fp32, the family's own scores before bias at that token.
-        total: `[B, D]` fp32, sum of the last hidden states of tokens up to `at`. count: `[B]`, how many.
+        over: `[B, P]` bool, by position: of which tokens the mean hidden state is taken; None: all of them.
+        total: `[B, D]` fp32, sum of the last hidden states of these tokens up to `at`. count: `[B]`, how many.
     """
 
     at: Tensor
+    over: Tensor | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
     total: Tensor | None = None
     count: Tensor | None = None
@@ -46,7 +48,7 @@ class PathwayRecorder:
         return torch.stack([nn.functional.pad(s, (0, widest - s.shape[1])).to(self.at.device) for s in rows], 1)
 
     def pooled(self) -> Tensor:
-        """Mean hidden state `[B, D]` fp32 of the tokens up to `at`, padding left out."""
+        """Mean hidden state `[B, D]` fp32 of the tokens up to `at` (of those in `over`), padding left out."""
         if self.total is None or self.count is None:
             raise UnsupportedModelError(
                 "The model's base did not return hidden states, so it cannot embed texts. Use another embedder."
@@ -66,7 +68,11 @@ class PathwayRecorder:
     def pool(self, hidden: Tensor, rows: Rows) -> None:
         """Add the last hidden states of a forward, `[B, S, D]`."""
         batch = rows.batch // rows.streams
-        inside = (rows.valid[:batch] & (rows.position[:batch] <= self.at[:, None])).to(hidden.device)  # [B, S]
+        position = rows.position[:batch]
+        inside = rows.valid[:batch] & (position <= self.at[:, None])  # [B, S]
+        if self.over is not None:
+            inside = inside & self.over.gather(1, position.clamp_max(self.over.shape[1] - 1))
+        inside = inside.to(hidden.device)
         total = torch.where(inside[..., None], hidden[:batch].float(), 0).sum(1)  # [B, D]
         self.total = total if self.total is None else self.total + total
         self.count = inside.sum(1) if self.count is None else self.count + inside.sum(1)
@@ -76,9 +82,9 @@ class PathwayRecorder:
 
 
 @contextmanager
-def recording(session: Session, at: Tensor) -> Iterator[PathwayRecorder]:
-    """Record the forwards inside the block; a text may be read in several parts. `at [B]` is as in the recorder."""
-    recorder = PathwayRecorder(at)
+def recording(session: Session, at: Tensor, over: Tensor | None = None) -> Iterator[PathwayRecorder]:
+    """Record the forwards inside the block; a text may be read in several parts. Arguments as in the recorder."""
+    recorder = PathwayRecorder(at, over)
 
     def pool(_module: nn.Module, _args: Any, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", None)
@@ -155,7 +161,7 @@ def answered_context(
 @torch.no_grad()
 def read_answers(target: Target, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Reading:
     """Read prompts with their answers in one batch under the model's own routing."""
-    context, at = answered_context(prompts, answers, 0, _home(target.model))
+    context, at = answered_context(prompts, answers, 0, home(target.model))
     longest = int(context.targets.sum(1).max())  # answers stand at the end of their rows
     keep = torch.arange(context.ids.shape[1] - longest - 1, context.ids.shape[1] - 1, device=context.ids.device)
     recorder, logits = _read(target, context, at, keep)
@@ -176,13 +182,14 @@ def read_answers(target: Target, prompts: Sequence[Sequence[int]], answers: Sequ
 @torch.no_grad()
 def read_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """`omega [B, L, E]` and `pooled [B, D]` of prompts without answers, as in `Reading`."""
-    context, at = answered_context(prompts, [[] for _ in prompts], 0, _home(target.model))
+    context, at = answered_context(prompts, [[] for _ in prompts], 0, home(target.model))
     last = torch.tensor([context.ids.shape[1] - 1], device=context.ids.device)
     recorder, _ = _read(target, context, at, last)
     return recorder.omega(), recorder.pooled()
 
 
-def _home(model: Any) -> torch.device:
+def home(model: Any) -> torch.device:
+    """Where inputs are put; weights on the meta device are loaded for each forward."""
     device = model.get_input_embeddings().weight.device
     return device if device.type != "meta" else torch.device("cpu")
 

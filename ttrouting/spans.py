@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from itertools import takewhile
 from typing import Any
 
@@ -52,6 +53,14 @@ def narrow_targets(context: Context, loss_on: str, tokenizer: Any) -> Tensor:
                 if begin < last and end > first:
                     inside[i, column] = True
     return context.targets & inside
+
+
+def last_match(ids: list[int], pattern: re.Pattern[str], tokenizer: Any) -> int | None:
+    """Number of the token in which the last match of a pattern begins, or None where there is no match."""
+    text, starts = token_starts(ids, tokenizer)
+    found = [match.start() for match in pattern.finditer(text)]
+    # a token that begins before the match holds its beginning, unless the next one begins there too
+    return bisect_right(starts, found[-1]) - 1 if found else None
 
 
 def token_starts(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:

@@ -35,11 +35,35 @@ class Strategy:
         name: what users type, lower case with underscores.
         summary: one line for tables, cost included.
         search: values of options that `ttrouting tune` tries, by option; empty if it has to be told.
+        presets: options under a name, such as `paper`: those that its publication used. Only a way to write options
+            down: what is kept and shown are the options themselves.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def preset_options(cls, name: str) -> dict[str, Any]:
+        """The options of a preset.
+
+        Raises:
+            ConfigError: this strategy has no preset of that name.
+        """
+        if name not in cls.presets:
+            known = did_you_mean(name, cls.presets) if cls.presets else " It has none: leave it out."
+            raise ConfigError(f"{cls.name} has no preset {name!r}.{known}")
+        return dict(cls.presets[name])
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """`Rerouting.preset("paper", steps=10)`: the options of a preset, some of them changed.
+
+        Raises:
+            ConfigError: unknown preset, or an option out of range.
+        """
+        return cls(**{**cls.preset_options(name), **changes})
 
     def check(self, target: Target) -> None:
         """Raise a typed error if this strategy cannot work on this model. Nothing is touched yet."""
@@ -86,7 +110,7 @@ class RoutingStrategy(Strategy):
     """Edits routing. Any number compose: edits happen in `order`, low to high, then as given.
 
     Class attributes:
-        order: 10 given deltas, 20 masks, 30 neighbours, 40 optimised deltas, 50 fewer experts.
+        order: 10 given deltas, 15 tasks' deltas, 20 masks, 30 neighbours, 40 optimised deltas, 50 fewer experts.
         unique: refuse two of the same strategy in one plan.
     """
 

@@ -1,4 +1,7 @@
-"""`ttrouting refset`: what is in a reference set, is it whole, what is near a text, and how are shards joined?"""
+"""`ttrouting refset`: what is in a reference set, is it whole, what is near a text, and how are shards joined?
+
+Building is in `refset_build.py`, fitting deltas to its tasks in `refset_fit.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ttrouting.cli import refset_build
+from ttrouting.cli import refset_build, refset_fit
 from ttrouting.cli.models import POCKET, load_model
 from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Escapes, Json, ModelName
 from ttrouting.cli.output import Output
-from ttrouting.cli.refset_build import EmbedderName, Keep, tell
+from ttrouting.cli.refset_build import EmbedderName, Keep, SetName, tell
 from ttrouting.cli.texts import unescape
 from ttrouting.errors import ConfigError
 from ttrouting.refsets import ReferenceSet, merge_sets, resolve
@@ -27,14 +30,13 @@ from ttrouting.refsets.neighbours import LEAKAGE
 SHOWN = 64  # characters of a prompt in a table
 
 group = typer.Typer(
-    help="Build, join, check and search reference sets: questions with how the model was routed at them.",
+    help="Build, fit, join, check and search reference sets: questions with how the model was routed at them.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
-SetName = Annotated[str, typer.Argument(metavar="SET", help="A set's folder, or 'pocket': the set in this package.")]
 group.command("build")(refset_build.command)
+group.command("fit")(refset_fit.command)
 
 
 @group.command("info")

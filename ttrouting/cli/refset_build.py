@@ -47,6 +47,7 @@ class ChoiceScore(StrEnum):
     SUM = "sum"
 
 
+SetName = Annotated[str, typer.Argument(metavar="SET", help="A set's folder, or 'pocket': the set in this package.")]
 EmbedderName = Annotated[
     str,
     typer.Option(

@@ -42,9 +42,10 @@ def make_strategies(
         if name not in known:
             raise ConfigError(f"--set {name}.{next(iter(options[name]))}: {name} is not used. Add --adapt {name}.")
     changed = [
-        dataclasses.replace(s, **typed_options(type(s), options[s.name])) if s.name in options else s for s in saved
+        dataclasses.replace(s, **_preset_and_typed(type(s), options[s.name])) if s.name in options else s
+        for s in saved
     ]
-    return changed + [kind(**typed_options(kind, options.get(kind.name, {}))) for kind in kinds]
+    return changed + [kind(**_preset_and_typed(kind, options.get(kind.name, {}))) for kind in kinds]
 
 
 def read_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -61,6 +62,12 @@ def read_settings(settings: Sequence[str]) -> dict[str, dict[str, str]]:
             raise ConfigError(f"--set takes strategy.option=value, for example {EXAMPLE}; got {setting!r}.")
         found.setdefault(name.lower().replace("-", "_"), {})[option.replace("-", "_")] = value
     return found
+
+
+def _preset_and_typed(kind: type[Strategy], texts: Mapping[str, str]) -> dict[str, Any]:
+    """As `typed_options`, over the options of `preset=NAME` where that is among them."""
+    own = {option: text for option, text in texts.items() if option != "preset"}
+    return {**(kind.preset_options(texts["preset"]) if "preset" in texts else {}), **typed_options(kind, own)}
 
 
 def typed_options(kind: type[Strategy], texts: Mapping[str, str]) -> dict[str, Any]:

@@ -40,6 +40,9 @@ def command(
     for option in _options(info):
         table.add_row(option["name"], option["type"], repr(option["default"]))
     output.show(table)
+    for preset, options in info.cls.presets.items():
+        told = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        output.text(f"\npreset={preset}: {told}")
     output.data(_facts(info))
 
 
@@ -50,6 +53,7 @@ def _facts(info: StrategyInfo) -> dict[str, Any]:
         "source": info.source,
         "summary": info.summary,
         "options": _options(info),
+        "presets": {name: dict(options) for name, options in info.cls.presets.items()},
     }
 
 

@@ -1,0 +1,233 @@
+"""Which tables does the results page have? Each from comparisons, as Markdown; a bold difference is no luck."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from demos.study.arithmetic import Comparison, Gap, Results, cell, gaps, only, saved
+from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKED
+from ttrouting.evaluation.report.markdown import NONE, number, p_value, ranged, score, times
+from ttrouting.evaluation.statistics import combined_interval
+
+ABOUT = {v.name: v.about for v in VARIANTS} | {
+    SELF_CONSISTENCY: f"base, {max(v.samples for v in VARIANTS)} answers vote"
+}
+# of the same idea: as published, as users get it, as it works best here
+SETTINGS = {
+    "Rerouting": ("rerouting_paper", "rerouting", "rerouting_answers"),
+    "C3PO": ("c3po_mode_finding_paper", "c3po_kernel_regression_paper", "c3po_ngd_paper", "c3po", "c3po_all_tokens"),
+    "SCMoE": ("scmoe", "scmoe_tuned"),
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table whose first `left` columns hold words."""
+    marks = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(one)} |" for one in (header, marks, *rows))
+
+
+def change(one: Mapping[str, Any]) -> str:
+    """A difference with its interval: bold where it helps, bold and marked where it hurts."""
+    told = ranged(one["difference"], one["difference_interval"], True, signed=True)
+    head, _, interval = told.partition(" ")
+    marked = {"helps": f"**{head}**", "hurts": f"**{head}** ▼"}.get(one["verdict"], head)
+    return f"{marked} {interval}"
+
+
+def shifted(results: Results, comparison: Comparison, shots: int) -> str:
+    """Variants by shifted sets: accuracy, paired difference; then what it comes to, and costs."""
+    part = {name: one for name, one in comparison["tasks"].items() if name in SHIFTED}
+    closed = gaps(results, shots)
+    header = ["variant", *part, "mean", "gap closed", "FLOPs", "first token", "experts/token", "rolled back"]
+    first = ["base", *(score(one["base"]["mean"], True) for one in part.values())]
+    first += [
+        score(fmean(one["base"]["mean"] for one in part.values()), True),
+        "",
+        "1x",
+        "1x",
+        *_experts(part, None),
+        "",
+    ]
+    rows = [first]
+    for name in dict.fromkeys(v for one in part.values() for v in one["variants"]):
+        cells = {t: one["variants"].get(name) for t, one in part.items()}
+        there = [c for c in cells.values() if c is not None]
+        told = [NONE if c is None else f"{score(c['mean'], True)} {change(c)}" for c in cells.values()]
+        rolled = [c["rolled_back"] for c in there if c["rolled_back"] is not None]
+        rows.append(
+            [
+                name,
+                *told,
+                _mean(there) if len(there) == len(part) else NONE,
+                share(closed.get(name)),
+                *(_ratio(there, which) for which in ("flops", "first_token_seconds")),
+                *_experts(part, name),
+                f"{100 * fmean(rolled):.0f} %" if rolled else NONE,
+            ]
+        )
+    return markdown(header, rows)
+
+
+def share(gap: Gap | None) -> str:
+    """Of the gap, with its interval."""
+    if gap is None:
+        return NONE
+    low, high = (f"{100 * end:.0f}".replace("-", "−") for end in gap.interval)
+    return f"{100 * gap.share:.0f} % [{low}, {high}]".replace("-", "−")
+
+
+def _mean(cells: Sequence[Mapping[str, Any]]) -> str:
+    differences = [c["difference"] for c in cells]
+    interval = combined_interval(differences, [c["difference_interval"] for c in cells])
+    return ranged(fmean(differences), interval, True, signed=True)
+
+
+def _ratio(cells: Sequence[Mapping[str, Any]], which: str) -> str:
+    known = [c["ratios"][which] for c in cells if c["ratios"].get(which)]
+    return times(fmean(known)) if known else NONE
+
+
+def _experts(part: Mapping[str, Any], variant: str | None) -> list[str]:
+    parts = [one["base"] if variant is None else one["variants"].get(variant) for one in part.values()]
+    known = [p["cost"]["experts_per_token"] for p in parts if p is not None and p["cost"]]
+    return [number(fmean(known)) if known else NONE]
+
+
+def room(results: Results, shots: int) -> str:
+    """What the oracles show, by set."""
+    header = [
+        "set",
+        "base",
+        "transfer",
+        "gain",
+        "own label",
+        "wrong label: right",
+        "wrong label: wrong answer forced",
+    ]
+    rows = []
+    known = results["oracles"].get(str(shots), {})
+    for name in (n for n in (*SHIFTED, *TRAINED) if n in known):
+        one = known[name]
+        right = {kind: 100 * text.count("1") / len(text) for kind, text in one["right"].items()}
+        paired, forced = one["paired"]["transfer"], one["forced"]["wrong_label"]
+        rows.append(
+            [
+                name,
+                *(f"{right[kind]:.1f}" for kind in ("base", "transfer")),
+                ranged(paired["difference"], paired["interval"], True, signed=True),
+                *(f"{right[kind]:.1f}" for kind in ("own_label", "wrong_label")),
+                f"{100 * forced.count('1') / len(forced):.1f}",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def harm(comparison: Comparison) -> str:
+    """On sets that the model was trained on, for each variant: the mean, the worst, and what is more than luck."""
+    header = ["variant", "no-harm", "sets", "mean", "worst", "on", "hurts on", "helps on"]
+    tasks = {name: one for name, one in comparison["tasks"].items() if name in TRAINED}
+    rules = {v.name: "on" if v.no_harm else "off" for v in VARIANTS} | {SELF_CONSISTENCY: ""}
+    rows = []
+    for name in dict.fromkeys(v for one in tasks.values() for v in one["variants"]):
+        cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
+        worst = min(cells, key=lambda t: cells[t]["difference"])
+        named = [
+            ", ".join(t for t, c in cells.items() if c["verdict"] == word) or NONE for word in ("hurts", "helps")
+        ]
+        rows.append(
+            [name, rules[name], str(len(cells)), _mean(list(cells.values())), change(cells[worst]), worst, *named]
+        )
+    return markdown(header, rows, left=2)
+
+
+def fewer_experts(comparison: Comparison) -> str:
+    """What dynamic-k saves, over all sets."""
+    header = ["variant", "options", "expert calls dropped", "accuracy", "sets", "hurts on"]
+    rows = []
+    for variant in (v.name for v in VARIANTS if "dynamic_k" in v.name):
+        found = saved(comparison, variant)
+        if found is not None:
+            hurt = sum(o["variants"].get(variant, {}).get("verdict") == "hurts" for o in comparison["tasks"].values())
+            told = ranged(found.difference, found.interval, True, signed=True)
+            rows.append([variant, ABOUT[variant], f"{100 * found.dropped:.1f} %", told, str(found.sets), str(hurt)])
+    return markdown(header, rows, left=2)
+
+
+def worked(results: Results, comparison: Comparison, shots: int) -> str:
+    """SCMoE and votes where answers have worked steps; the last column is beside votes without SCMoE."""
+    names = ("scmoe", "scmoe_tuned", "task_delta+scmoe", SELF_CONSISTENCY, "scmoe_tuned+self_consistency")
+    part = only(comparison, WORKED, names)["tasks"]
+    sets = results["runs"].get(str(shots), {})
+    header = ["set", "base", *names, "votes with SCMoE beside votes without"]
+    rows = []
+    for name, one in part.items():
+        cells = [one["variants"].get(v) for v in names]
+        votes = [sets[name]["variants"].get(v) for v in names[3:]]
+        beside = NONE
+        if all(votes):
+            plain = cell(votes[0]["right"], votes[1]["right"])
+            told = ranged(plain["difference"], plain["difference_interval"], True, signed=True)
+            beside = f"{told}, p {p_value(plain['p_value'])}"
+        rows.append(
+            [
+                name,
+                score(one["base"]["mean"], True),
+                *(NONE if c is None else f"{score(c['mean'], True)} {change(c)}" for c in cells),
+                beside,
+            ]
+        )
+    return markdown(header, rows)
+
+
+def settings(comparison: Comparison) -> str:
+    """The papers' settings beside ours: mean differences, over sets on which all of a method were scored."""
+    header = [
+        "method",
+        "variant",
+        "options",
+        "shifted sets",
+        "helps, hurts",
+        "trained sets",
+        "helps, hurts ",
+        "FLOPs",
+    ]
+    rows = []
+    for method, names in SETTINGS.items():
+        seen = {v for one in comparison["tasks"].values() for v in one["variants"]}
+        there = [name for name in names if name in seen]
+        shared = {t: o for t, o in comparison["tasks"].items() if there and all(v in o["variants"] for v in there)}
+        for name in there if shared else []:
+            row = [method, name, ABOUT[name]]
+            for group in (SHIFTED, TRAINED):
+                cells = [one["variants"][name] for t, one in shared.items() if t in group]
+                verdicts = [c["verdict"] for c in cells]
+                row += [_mean(cells) if cells else NONE, f"{verdicts.count('helps')}, {verdicts.count('hurts')}"]
+            rows.append([*row, _ratio([one["variants"][name] for one in shared.values()], "flops")])
+    return markdown(header, rows, left=3)
+
+
+def advice(comparison: Comparison) -> list[str]:
+    """When to use what, and when not: of each variant what it did, sorted by what that comes to."""
+    lines: dict[str, list[str]] = {"Use": [], "With care": [], "Not for accuracy": [], "Nothing can be told": []}
+    tasks = comparison["tasks"]
+    for name in dict.fromkeys(v for one in tasks.values() for v in one["variants"]):
+        cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
+        by_word = {word: [t for t, c in cells.items() if c["verdict"] == word] for word in ("helps", "hurts")}
+        kind = {
+            (True, False): "Use",
+            (True, True): "With care",
+            (False, True): "Not for accuracy",
+            (False, False): "Nothing can be told",
+        }[bool(by_word["helps"]), bool(by_word["hurts"])]
+        said = "; ".join(f"{word} on {', '.join(on)}" for word, on in by_word.items() if on) or "no set differs"
+        cost = _ratio(list(cells.values()), "flops")
+        experts = _ratio_of_experts(tasks, name)
+        lines[kind].append(f"`{name}` ({ABOUT[name]}): {said}; {cost} the FLOPs{experts}")
+    return [f"- **{kind}**: {line}." for kind, found in lines.items() for line in found]
+
+
+def _ratio_of_experts(tasks: Mapping[str, Any], name: str) -> str:
+    found = saved({"tasks": tasks}, name)
+    return f", {100 * found.dropped:.0f} % fewer expert calls" if found is not None and found.dropped >= 0.02 else ""
