@@ -1,8 +1,7 @@
-"""How similar is a question of a set to its nearest other reference, wherever in a text it stands?
+"""How similar to its nearest reference must a question be, for the set to know its task?
 
-A prompt that is less similar than that is of no task that the set knows: its neighbours' vote means nothing, however
-unanimous it is. A fixed number will not do, since vectors are centred on the set: the fewer tasks it has, the farther
-apart they are.
+The vote of neighbours means nothing, however unanimous it is, where a prompt is far from all of them. A fixed number
+will not do, since vectors are centred on the set: the fewer tasks it has, the farther apart they are.
 
 Legend: `n` references that are tried, `D` embedding dimension.
 """
@@ -26,13 +25,14 @@ from ttrouting.spans import last_match, tokens_from
 from ttrouting.target import Target
 
 TRIED = 64  # references; the least similar of them is about the 2 % quantile
+ROOM = 0.75  # for prompts that are not written to the letter as references are: of what these have
 OTHERS = 3  # solved references, of any task, that may stand before each
 
 
 def least_similarity(
     target: Target, refset: ReferenceSet, records: Sequence[Record], head: str, batch_size: int, seed: int
 ) -> float:
-    """The lowest cosine to the nearest other reference among some references of a set.
+    """`ROOM` times the lowest cosine to the nearest other reference among some references of a set.
 
     Where the model embeds and questions are found in longer texts by their `head`, every reference is read after
     solved ones of any task, as in a chat or after examples: hidden states depend on what was before. Otherwise its
@@ -47,7 +47,8 @@ def least_similarity(
         query = np.asarray(refset.embeddings()[numbers], dtype=np.float64)
     near = refset.search(query, 2, use="all", max_similarity=1.0)
     itself = near.index[:, 0] == np.array(numbers)
-    return float(np.where(itself, near.similarity[:, 1], near.similarity[:, 0]).min())
+    lowest = float(np.where(itself, near.similarity[:, 1], near.similarity[:, 0]).min())
+    return min(lowest, ROOM * lowest)
 
 
 def _in_company(target: Target, records: Sequence[Record], number: int, draw: random.Random) -> list[int]:

@@ -90,7 +90,7 @@ class TaskDeltas:
 
     @property
     def familiar(self) -> float:
-        """Cosine to the nearest reference that questions of the set have, wherever they stand (`familiar.py`)."""
+        """Cosine to the nearest reference that a question needs, for the set to know its task (`familiar.py`)."""
         return float(self.manifest["familiar"])
 
     @property

@@ -40,8 +40,8 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         deltas: folder that `ttrouting refset fit` wrote into; None: the set's own.
         k: references that vote.
         min_share: share of the vote that the leading task needs.
-        min_similarity: cosine to the nearest reference that a prompt needs; None: the least that was measured on
-            questions of the set when the deltas were fitted.
+        min_similarity: cosine to the nearest reference that a prompt needs; None: three quarters of the
+            least that the set's own questions were measured to have when the deltas were fitted.
         embed_on: what of a prompt is compared with references, which are single questions: `question`, from where the
             beginning that all references share stands last; `all`; or a regular expression, from its last match on.
             A prompt without a match is compared as a whole.
