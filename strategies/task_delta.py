@@ -45,7 +45,8 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         embed_on: what of a prompt is compared with references, which are single questions: `question`, from where the
             beginning that all references share stands last; `all`; or a regular expression, from its last match on.
             A prompt without a match is compared as a whole.
-        kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts.
+        kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts. Higher than
+            elsewhere: a delta that was confirmed moves most where the model is sure of a wrong answer.
         index: `auto`, `flat`, `hnsw` or `ivfpq`.
         embedder: as in C3PO, for sets made with another embedder than the model itself.
     """
@@ -54,7 +55,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
     summary: ClassVar[str] = "deltas fitted once for each task, chosen by neighbours; one more prefill, decode free"
     order: ClassVar[int] = 15
     unique: ClassVar[bool] = True
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"k": (4, 8, 16), "kl_limit": (2.0, 5.0, 20.0)}
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"k": (4, 8, 16), "kl_limit": (5.0, 10.0, 20.0)}
 
     refset: str | ReferenceSet = "pocket"
     deltas: str | None = None
@@ -62,7 +63,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
     min_share: float = 0.5
     min_similarity: float | None = None
     embed_on: str = "question"
-    kl_limit: float = 5.0
+    kl_limit: float = 10.0
     index: str = "auto"
     embedder: Any = None
 
