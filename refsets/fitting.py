@@ -23,6 +23,7 @@ from torch import nn
 from ttrouting.errors import ArtefactError, ConfigError
 from ttrouting.evaluation.statistics import ALPHA, sign_flip_p
 from ttrouting.refsets.builder import made
+from ttrouting.refsets.familiar import least_similarity
 from ttrouting.refsets.records import Record
 from ttrouting.refsets.reference_set import ReferenceSet
 from ttrouting.refsets.task_deltas import TaskDeltas, TaskFit, write_task_deltas
@@ -76,7 +77,8 @@ def fit_tasks(
     _check_writable(folder)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"fit_tasks needs a loaded model that is not adapted, got {model!r}.")
-    refset.check_model(Target(model, find_sites(model), tokenizer).fingerprint)
+    target = Target(model, find_sites(model), tokenizer)
+    refset.check_model(target.fingerprint)
     records = [refset.record(i) for i in range(len(refset))]
     tasks: dict[str, list[Record]] = {}
     for record in records:
@@ -112,12 +114,15 @@ def fit_tasks(
         facts = (len(found.held.numbers), *_shares_and_losses(found.held), p_value, found.step)
         fits.append(TaskFit(task, len(own), outcome, reason, row, *facts))
     values = np.stack(deltas) if deltas else np.zeros((0, refset.layers, refset.experts), np.float32)
+    head = common_head([record.prompt for record in records])
+    say("how similar references are to each other")
     manifest = {
         "fingerprint": refset.fingerprint,
         "refset": refset.identity,
         "model": refset.manifest.get("model"),
         "first": shared_rule(layers).lowest(refset.layers),
-        "head": common_head([record.prompt for record in records]),
+        "head": head,
+        "familiar": least_similarity(target, refset, records, head, batch_size, seed) if deltas else 0.0,
         "options": {**options, "shots": shots},
         "provenance": made(),
     }

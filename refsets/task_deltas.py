@@ -89,6 +89,11 @@ class TaskDeltas:
         return str(self.manifest["head"])
 
     @property
+    def familiar(self) -> float:
+        """Cosine to the nearest reference that a question needs, for the set to know its task (`familiar.py`)."""
+        return float(self.manifest["familiar"])
+
+    @property
     def accepted(self) -> list[TaskFit]:
         """Tasks with a delta, in the order of `values`."""
         return sorted((t for t in self.tasks.values() if t.row >= 0), key=lambda t: t.row)
@@ -129,7 +134,8 @@ def write_task_deltas(
     """Write both files, the old ones stay until the new ones are whole.
 
     Args:
-        values: `[G, L, E]`, by the tasks' rows. facts: the rest of the manifest: fingerprint, refset, first, head ...
+        values: `[G, L, E]`, by the tasks' rows. facts: the rest of the manifest: fingerprint, refset, first, head,
+            familiar, and what is for people.
 
     Raises:
         ArtefactError: the folder cannot be written.
@@ -173,14 +179,17 @@ def _read_values(folder: Path, manifest: Manifest, sizes: tuple[int, int]) -> ND
 
 def _lacking(manifest: Manifest) -> str:
     """The first part that is not there or of another type, or nothing."""
-    for key, kind in (("fingerprint", str), ("refset", str), ("head", str), ("first", int), ("tasks", list)):
+    kinds = {"fingerprint": str, "refset": str, "head": str, "familiar": float, "first": int, "tasks": list}
+    for key, kind in kinds.items():
         if type(manifest.get(key)) is not kind:
             return key
+    if not -1 <= manifest["familiar"] <= 1:
+        return "a cosine"
     if not isinstance(manifest.get("files"), dict) or len(manifest["files"]) != 1:
         return "its one tensor file"
-    kinds = {name: type(value) for name, value in asdict(TaskFit("", 0, "", "")).items()}
+    fields = {name: type(value) for name, value in asdict(TaskFit("", 0, "", "")).items()}
     for facts in manifest["tasks"]:
-        if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != kinds:
+        if not isinstance(facts, dict) or {k: type(v) for k, v in facts.items()} != fields:
             return "the facts of a task"
         numbers = [value for value in facts.values() if isinstance(value, float)]
         if facts["outcome"] not in OUTCOMES or not all(map(isfinite, numbers)):

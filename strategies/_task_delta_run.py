@@ -137,8 +137,9 @@ class TaskDeltaRun(RoutingRun):
         """Why a sequence keeps its base routing whatever the deltas would do; empty if it does not."""
         options, bank = self.strategy, self.strategy.bank
         share, task = vote.shares[vote.leader], bank.tasks.get(vote.leader)
-        if vote.similarity < options.min_similarity:
-            return f"skipped: unlike every reference, {vote.similarity:.2f} similar to the nearest"
+        least = bank.familiar if options.min_similarity is None else options.min_similarity
+        if vote.similarity < least:
+            return f"skipped: {vote.similarity:.2f} similar to the nearest reference, {least:.2f} is needed"
         if share < options.min_share:
             return f"skipped: the vote is not decided, {vote.leader} has {share:.2f} of it"
         # a minority's delta alone is no better confirmed for this prompt than none

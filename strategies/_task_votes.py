@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttrouting.context import Context
 from ttrouting.refsets.kernels import weights as kernel_weights
-from ttrouting.spans import last_match
+from ttrouting.spans import last_match, tokens_from
 from ttrouting.strategies._asking import texts_of, token_rows
 from ttrouting.target import Target
 
@@ -48,18 +48,8 @@ def question_starts(options: TaskDelta, target: Target, context: Context) -> lis
 
 
 def compared_tokens(starts: list[int], target: Target, context: Context) -> Tensor:
-    """`[B, P]` bool by position: the tokens whose mean hidden state is compared.
-
-    Special tokens at the beginning are among them, as they are in references: their hidden states are like no others.
-    """
-    rows = token_rows(context)
-    special = set(getattr(target.tokenizer, "all_special_ids", ()))
-    over = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        leading = next((n for n, token in enumerate(row) if token not in special), len(row))
-        over[i, :leading] = True
-        over[i, start : len(row)] = True
-    return over.to(context.ids.device)
+    """`[B, P]` bool by position: the tokens whose mean hidden state is compared."""
+    return tokens_from(token_rows(context), starts, target.tokenizer).to(context.ids.device)
 
 
 def compared_texts(starts: list[int], target: Target, context: Context) -> list[str]:

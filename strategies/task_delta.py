@@ -40,12 +40,13 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         deltas: folder that `ttrouting refset fit` wrote into; None: the set's own.
         k: references that vote.
         min_share: share of the vote that the leading task needs.
-        min_similarity: cosine to the nearest reference that a prompt needs. Sets that the model embedded are centred:
-            there 0 is the similarity of texts that have nothing in common.
+        min_similarity: cosine to the nearest reference that a prompt needs; None: three quarters of the
+            least that the set's own questions were measured to have when the deltas were fitted.
         embed_on: what of a prompt is compared with references, which are single questions: `question`, from where the
             beginning that all references share stands last; `all`; or a regular expression, from its last match on.
             A prompt without a match is compared as a whole.
-        kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts.
+        kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts. Higher than
+            elsewhere: a delta that was confirmed moves most where the model is sure of a wrong answer.
         index: `auto`, `flat`, `hnsw` or `ivfpq`.
         embedder: as in C3PO, for sets made with another embedder than the model itself.
     """
@@ -54,15 +55,15 @@ class TaskDelta(AsksReferences, RoutingStrategy):
     summary: ClassVar[str] = "deltas fitted once for each task, chosen by neighbours; one more prefill, decode free"
     order: ClassVar[int] = 15
     unique: ClassVar[bool] = True
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"k": (4, 8, 16), "kl_limit": (2.0, 5.0, 20.0)}
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"k": (4, 8, 16), "kl_limit": (5.0, 10.0, 20.0)}
 
     refset: str | ReferenceSet = "pocket"
     deltas: str | None = None
     k: int = 8
     min_share: float = 0.5
-    min_similarity: float = 0.6
+    min_similarity: float | None = None
     embed_on: str = "question"
-    kl_limit: float = 5.0
+    kl_limit: float = 10.0
     index: str = "auto"
     embedder: Any = None
 
@@ -72,7 +73,8 @@ class TaskDelta(AsksReferences, RoutingStrategy):
             raise ConfigError(f"task_delta.deltas must be the folder of fitted deltas, got {self.deltas!r}.")
         in_range(self.name, "k", self.k, 1, 1000, whole=True)
         in_range(self.name, "min_share", self.min_share, 0, 1)
-        in_range(self.name, "min_similarity", self.min_similarity, -1, 1)
+        if self.min_similarity is not None:
+            in_range(self.name, "min_similarity", self.min_similarity, -1, 1)
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
         one_of(self.name, "index", self.index, ("auto", "flat", "hnsw", "ivfpq"))
         if not isinstance(self.embed_on, str) or not self.embed_on:

@@ -6,17 +6,21 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ttrouting as ttr
+from oracles.c3po import PlainSet
 from oracles.questions import needs_pocket
 from oracles.refset import raw_set, write_raw
 from ttrouting.cli import app
 from ttrouting.pocket.skills import sample
 from ttrouting.refsets import ReferenceSet, TaskDeltas, TaskFit, build, fit_tasks, task_deltas
+from ttrouting.refsets.familiar import least_similarity
 from ttrouting.refsets.fitting import common_head, judge
 from ttrouting.refsets.task_deltas import DELTAS, write_task_deltas
 from ttrouting.shared_fit import Answered, Part, fit_shared_delta
+from ttrouting.target import Target
 
 # --- the rule -----------------------------------------------------------------------------------------
 
@@ -90,7 +94,7 @@ def refset(tmp_path):
 
 
 def facts(refset):
-    return {"fingerprint": refset.fingerprint, "refset": refset.identity, "first": 1, "head": "Q: ", "options": {}}
+    return {"fingerprint": refset.fingerprint, "refset": refset.identity, "first": 1, "head": "Q: ", "familiar": 0.5}
 
 
 def values(seed=0):
@@ -168,6 +172,50 @@ def test_numbers_that_are_not_finite_are_refused(refset):
     write_task_deltas(refset.path, values() * np.nan, TASKS, facts(refset))
     with pytest.raises(ttr.ArtefactError, match="not finite"):
         TaskDeltas.open(refset.path, refset)
+
+
+# --- how similar ----------------------------------------------------------------------------------------
+
+
+def test_the_least_similarity_is_that_of_the_loneliest_reference(tmp_path):
+    """Of a set whose embedder knows single texts only; all references are tried, by hand one by one."""
+    refset = ReferenceSet.open(write_raw(tmp_path / "set", *raw_set(), embedder="callable:mine"))
+    records = [refset.record(i) for i in range(len(refset))]
+    unit = np.asarray(refset.embeddings(), np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    nearest = [max(float(a @ b) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)]
+    assert least_similarity(None, refset, records, "Q: ", 8, 0) == pytest.approx(0.75 * min(nearest), abs=1e-3)
+
+
+@needs_pocket
+def test_questions_are_embedded_where_they_stand_in_a_text(small):
+    """The tokens of the last question alone, by hidden states of the whole text; by hand for each reference."""
+    refset = ReferenceSet.open(small)
+    model, tokenizer = ttr.load_pocket()
+    records = [refset.record(i) for i in range(len(refset))]
+    read = []
+
+    class Watched(type(model.model)):
+        def forward(self, *args, **more):
+            read.extend(row[row != 0] for row in more["input_ids"] * more["attention_mask"])
+            return super().forward(*args, **more)
+
+    target = Target(model, ttr.find_sites(model), tokenizer)
+    model.model.__class__ = Watched
+    found = least_similarity(target, refset, records, "Q: ", 16, 0)
+    texts, lowest, plain = list(read), 1.0, PlainSet(small, tokenizer)
+    assert len(texts) == 64
+    for ids in texts:
+        text = tokenizer.decode(ids)
+        assert text.count("Q: ") == 4
+        question = text[text.rindex("Q: ") :]
+        own = next(i for i, record in enumerate(records) if record.prompt == question)
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).last_hidden_state[0]
+        pooled = torch.cat([hidden[:1], hidden[-len(question) :]]).mean(0)  # a special token begins each text
+        near = plain.nearest(pooled.numpy(), 2, "all", most=1.0)
+        lowest = min(lowest, next(cosine for number, cosine, _ in near if number != own))
+    assert found == pytest.approx(0.75 * lowest, abs=1e-3)
 
 
 # --- fitting a set ------------------------------------------------------------------------------------

@@ -180,11 +180,13 @@ def read_answers(target: Target, prompts: Sequence[Sequence[int]], answers: Sequ
 
 
 @torch.no_grad()
-def read_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """`omega [B, L, E]` and `pooled [B, D]` of prompts without answers, as in `Reading`."""
+def read_prompts(
+    target: Target, prompts: Sequence[Sequence[int]], over: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`omega [B, L, E]` and `pooled [B, D]` of prompts without answers, as in `Reading`; `over`: see the recorder."""
     context, at = answered_context(prompts, [[] for _ in prompts], 0, home(target.model))
     last = torch.tensor([context.ids.shape[1] - 1], device=context.ids.device)
-    recorder, _ = _read(target, context, at, last)
+    recorder, _ = _read(target, context, at, last, over)
     return recorder.omega(), recorder.pooled()
 
 
@@ -194,9 +196,11 @@ def home(model: Any) -> torch.device:
     return device if device.type != "meta" else torch.device("cpu")
 
 
-def _read(target: Target, context: Context, at: Tensor, keep: Tensor) -> tuple[PathwayRecorder, Tensor]:
+def _read(
+    target: Target, context: Context, at: Tensor, keep: Tensor, over: Tensor | None = None
+) -> tuple[PathwayRecorder, Tensor]:
     session = Session(Plan(target, (), None), context.mask, sequence_keys(context.ids, context.mask))
-    with session.installed(), recording(session, at) as recorder:
+    with session.installed(), recording(session, at, None if over is None else over.to(at.device)) as recorder:
         logits: Tensor = session.read(context, keep).logits
     session.check_coverage()
     return recorder, logits

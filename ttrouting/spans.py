@@ -63,6 +63,23 @@ def last_match(ids: list[int], pattern: re.Pattern[str], tokenizer: Any) -> int 
     return bisect_right(starts, found[-1]) - 1 if found else None
 
 
+def tokens_from(rows: list[list[int]], starts: list[int], tokenizer: Any) -> Tensor:
+    """`[B, P]` bool by position: tokens from `starts` on, and special tokens at the beginning.
+
+    Those have hidden states like no others, and are part of what a text by itself is embedded by.
+
+    Args:
+        rows: token ids of `B` texts without padding, `P` the longest. starts: `B` positions.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    chosen = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        leading = next((n for n, token in enumerate(row) if token not in special), len(row))
+        chosen[i, :leading] = True
+        chosen[i, start : len(row)] = True
+    return chosen
+
+
 def token_starts(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:
     """The text of token ids and where in it each token begins."""
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
