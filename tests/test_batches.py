@@ -17,8 +17,9 @@ STRATEGIES = {
     "rerouting": lambda: [ttr.Rerouting(interval=3, steps=2, lr=0.1, layers="all")],
     "rerouting-by-confidence": lambda: [ttr.Rerouting(interval=3, steps=2, lr=0.1, layers="highest:0.5")],
     "rerouting-random-layers": lambda: [ttr.Rerouting(steps=2, lr=0.1, layers="random:0.5")],
-    "scmoe-rank": lambda: [ttr.SCMoE(beta=0.9)],
-    "scmoe-random": lambda: [ttr.SCMoE(weak="random", beta=0.9)],
+    "scmoe-rank": lambda: [ttr.SCMoE(beta=0.9, judge_on=None)],
+    "scmoe-judged": lambda: [ttr.SCMoE(beta=0.9, kl_limit=1e9)],
+    "scmoe-random": lambda: [ttr.SCMoE(weak="random", beta=0.9, judge_on=None)],
     "dynamic_k": lambda: [ttr.DynamicK(p=0.5)],
     "dynamic_k-entropy": lambda: [ttr.DynamicK(rule="entropy", tau=0.6, p=0.5)],
     "expert_mask": lambda: [ttr.ExpertMask(mask=torch.arange(E).expand(L, E) < 5)],
@@ -26,7 +27,7 @@ STRATEGIES = {
         ttr.Rerouting(interval=3, steps=2, lr=0.1, layers="all"),
         ttr.DynamicK(p=0.6),
         ttr.ExpertMask(mask=torch.arange(E).expand(L, E) < 6),
-        ttr.SCMoE(weak="random"),
+        ttr.SCMoE(weak="random", judge_on=None),
     ],
 }
 
@@ -257,7 +258,7 @@ def test_a_sequence_that_a_callers_criterion_ends_stops_adapting(olmoe, prompts)
             return torch.tensor([input_ids.shape[1] >= 33, False])
 
     ids = prompts(30, 30)
-    strategies = [ttr.Rerouting(interval=2, steps=1, layers="all"), ttr.DynamicK(p=0.6), ttr.SCMoE()]
+    strategies = [ttr.Rerouting(interval=2, steps=1, layers="all"), ttr.DynamicK(p=0.6), ttr.SCMoE(judge_on=None)]
     with ttr.adapt(olmoe, strategies, no_harm=True) as adapted:
         free = adapted.generate(ids, max_new_tokens=8, do_sample=False)
         never = next(i for i in range(3, 96) if i not in free.tolist()[0] + free.tolist()[1])

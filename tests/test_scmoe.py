@@ -253,25 +253,25 @@ def test_no_harm_contrasts_where_it_predicts_the_prompt_better(olmoe):
     # a text that contrast wrote is predicted better with it, one that greedy decoding wrote is not
     written = decode(olmoe, prompt(16), ttr.SCMoE(**BOLD), steps=30)
     plain = olmoe.generate(prompt(16), max_new_tokens=30, do_sample=False)
+    options = {"attention_mask": torch.ones_like(plain), "max_new_tokens": 8, "do_sample": False}
     with ttr.adapt(olmoe, ttr.SCMoE(**BOLD)) as adapted:
         for ids, helps in ((written, True), (plain, False)):
-            out = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+            out = adapted.generate(input_ids=ids, **options)
             facts = adapted.report.sequences[0].strategies["scmoe"]
             won, lost = judged(olmoe, ids)
             assert (won > lost) == helps
             assert (facts["judged_tokens"], facts["turned_right"], facts["turned_wrong"]) == (41, won, lost)
             expected = plain_decode(olmoe, ids, 8, rank_rule(2), beta=0.9) if helps else None
             if expected is None:
-                expected = olmoe.generate(ids, max_new_tokens=8, do_sample=False)
+                expected = olmoe.generate(ids, **options)
                 assert facts["outcome"] == f"rolled back: on the prompt {won} tokens right for {lost} wrong"
             assert torch.equal(out, expected)
-        both = adapted.generate(input_ids=torch.cat([written, plain]), max_new_tokens=8, do_sample=False)
-        alone = [adapted.generate(input_ids=one, max_new_tokens=8, do_sample=False) for one in (written, plain)]
-        assert torch.equal(both, torch.cat(alone))
-        copies = adapted.generate(
-            input_ids=torch.cat([written, plain]), max_new_tokens=8, do_sample=True, top_k=1, num_return_sequences=2
-        )
-        assert torch.equal(copies, both.repeat_interleave(2, 0))
+        alone = torch.cat([adapted.generate(input_ids=one, **options) for one in (written, plain)])
+        options["attention_mask"] = torch.ones(2, plain.shape[1], dtype=torch.int64)
+        assert torch.equal(adapted.generate(input_ids=torch.cat([written, plain]), **options), alone)
+        options |= {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+        copies = adapted.generate(input_ids=torch.cat([written, plain]), **options)
+        assert torch.equal(copies, alone.repeat_interleave(2, 0))
 
 
 def test_a_sequence_that_is_rolled_back_keeps_its_strong_logits_to_the_bit(olmoe):
@@ -297,7 +297,7 @@ def test_judge_on_names_the_tokens(olmoe):
     mask[:, 22:] = True
     ids = decode(olmoe, prompt(16), ttr.SCMoE(**BOLD), steps=30)
     with ttr.adapt(olmoe, ttr.SCMoE(**BOLD)) as adapted:
-        adapted.generate(input_ids=ids, max_new_tokens=1, do_sample=False, loss_mask=mask)
+        adapted.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, loss_mask=mask)
         assert adapted.report.sequences[0].strategies["scmoe"]["judged_tokens"] == 20
     with pytest.raises(ttr.ConfigError, match=r"scmoe\.judge_on='A: \.\*' looks at text and needs the tokenizer"):
         ttr.adapt(olmoe, ttr.SCMoE(judge_on="A: .*"))

@@ -273,15 +273,14 @@ class Session:
         streams = 1 if self.plan.decoding is None else self.plan.decoding.streams
         batch = context.ids.shape[0]
         rows = make_rows(context.mask, self.sequences, 0, streams)
-        apart = self.plan.target.proven.get("head", False)
-        keep = context.ids.new_empty(0) if apart else None
-        inputs = repeat_inputs(self._reading(context, keep, False), batch, streams)
-        if not apart:
-            return self._run(self._forward, rows, inputs).logits, lambda logits: logits
+        whole = repeat_inputs(self._reading(context, None, False), batch, streams)
+        if not self.plan.target.proven.get("head", False):
+            return self._run(self._forward, rows, whole).logits, lambda logits: logits
         body = Body()
+        bare = repeat_inputs(self._reading(context, context.ids.new_empty(0), False), batch, streams)
         with body.caught(self.model):
-            self._run(self._forward, rows, inputs)
-        return body.output.last_hidden_state, body.head(self.model, self._forward, inputs)
+            self._run(self._forward, rows, bare)
+        return body.output.last_hidden_state, body.head(self.model, self._forward, whole)
 
     def read_body(self, context: Context, replay: Tail | None = None, fill: bool = False) -> tuple[Tensor, Head]:
         """As `read`, but last hidden states `[B, T, D]` and the head that makes logits of them, a few at a time.
