@@ -77,6 +77,10 @@ EXAMPLES = {
         gate=0.3,
         calibration=calibration(),
     ),
+    "expert_mask": lambda: ttr.ExpertMask(mask=some(L, E) > 0, at="logits", fingerprint="a" * 64),
+    "static_routing": lambda: ttr.StaticRouting(
+        delta=some(2, L, E).double(), mask=some(L, E).T.contiguous().T > -1, fingerprint="b" * 64
+    ),
     "task_delta": lambda: ttr.TaskDelta(
         "my_set",
         deltas="my_deltas",
@@ -87,10 +91,6 @@ EXAMPLES = {
         kl_limit=1.5,
         index="flat",
         embedder="all-MiniLM-L6-v2",
-    ),
-    "expert_mask": lambda: ttr.ExpertMask(mask=some(L, E) > 0, at="logits", fingerprint="a" * 64),
-    "static_routing": lambda: ttr.StaticRouting(
-        delta=some(2, L, E).double(), mask=some(L, E).T.contiguous().T > -1, fingerprint="b" * 64
     ),
 }
 
