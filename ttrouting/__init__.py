@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ttrouting.strategies.scmoe import SCMoE
     from ttrouting.strategies.static_routing import StaticRouting
     from ttrouting.strategy import DecodingRun, DecodingStrategy, RoutingRun, RoutingStrategy
+    from ttrouting.trace import RoutingTrace
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _HOMES = {
     "ttrouting.sites": ("Site", "find_sites"),
     "ttrouting.state": ("AdaptationState",),
     "ttrouting.strategy": ("DecodingRun", "DecodingStrategy", "RoutingRun", "RoutingStrategy"),
+    "ttrouting.trace": ("RoutingTrace",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -84,6 +86,7 @@ __all__ = [
     "Rerouting",
     "RoutingRun",
     "RoutingStrategy",
+    "RoutingTrace",
     "SCMoE",
     "Site",
     "StaticRouting",
