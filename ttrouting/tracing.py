@@ -34,10 +34,9 @@ class TraceRecorder:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._parts: list[list[_Part]] = [[] for _ in session.sites]
-        session.observers.append(self._observe)
+        # a list that grows would be compiled anew for every token
+        session.observers.append(torch.compiler.disable(self._observe))
 
-    # a list that grows would be compiled anew for every token
-    @torch.compiler.disable
     def _observe(self, site: Site, call: Call, ids: Tensor, weights: Tensor, rows: Rows) -> None:
         own = rows.tokens // rows.streams  # further streams are those of a decoding strategy
         with torch.no_grad():
@@ -95,9 +94,7 @@ class TraceRecorder:
         )
 
 
-def _gather(
-    parts: list[_Part], places: dict[int, tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gather(parts: list[_Part], places: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer, one sequence: `ids [T, K]`, `weights [T, K]`, `entropy [T]`, and which tokens were seen `[T]`."""
     length = 1 + max((int(position.max()) for position, _ in places.values() if len(position)), default=-1)
     widest = max((part.ids.shape[1] for part in parts), default=0)
