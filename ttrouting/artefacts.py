@@ -87,16 +87,30 @@ def load(path: str | os.PathLike[str]) -> Any:
     if manifest["kind"] == "state":
         return AdaptationState(groups, manifest["fingerprint"])
     if manifest["kind"] == "trace":
-        arrays, facts = groups.get("trace", {}), manifest["trace"]
-        if "ids" not in arrays:
-            raise ArtefactError(f"{file} holds no experts of tokens. Save the trace again.")
-        parts = arrays["ids"], arrays.get("weights"), arrays.get("entropy")
-        words = tuple(facts["tokens"]), tuple(facts["layers"])
-        return RoutingTrace(*parts, *words, facts["num_experts"], facts["prompt_tokens"], manifest["fingerprint"])
+        return _trace(file, groups.get("trace", {}), manifest)
     return [
         get_strategy(config["strategy"]).from_dict(config, groups.get(str(number)))
         for number, config in enumerate(manifest["strategies"])
     ]
+
+
+def _trace(file: Path, arrays: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> RoutingTrace:
+    facts = manifest["trace"]
+    if "ids" not in arrays:
+        raise ArtefactError(f"{file} holds no experts of tokens. Save the trace again.")
+    try:
+        return RoutingTrace(
+            arrays["ids"],
+            arrays.get("weights"),
+            arrays.get("entropy"),
+            tuple(map(str, facts["tokens"])),
+            tuple(map(str, facts["layers"])),
+            facts["num_experts"],
+            facts["prompt_tokens"],
+            manifest["fingerprint"],
+        )
+    except ConfigError as error:
+        raise ArtefactError(f"{file} holds no trace: {error}") from None
 
 
 def _describe(what: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:

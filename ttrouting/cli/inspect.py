@@ -74,7 +74,7 @@ def command(
     Example: ttrouting inspect -e "Q: 12+30\\nA:" --adapt dynamic_k --set dynamic_k.p=0.5 --html page.html
     """
     output = Output(as_json)
-    _check_places(html, png)
+    _check_places(html, png, save)
     texts = gather(prompt or [], file or [], escapes)
     if trace:
         if texts or adapt or load or save:
@@ -108,12 +108,14 @@ def _saved(folders: list[Path]) -> Inspection:
     return Inspection(" and ".join(map(str, folders)), *traces)
 
 
-def _check_places(html: Path | None, png: Path | None) -> None:
+def _check_places(html: Path | None, png: Path | None, save: Path | None) -> None:
     """Find out before a model is loaded whether files can be written."""
     for option, file in (("--html", html), ("--png", png)):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             what = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.parent}"
             raise ConfigError(f"{file} {what}. Give {option} a file in a folder that is there.")
+    if save is not None and save.exists() and not save.is_dir():
+        raise ConfigError(f"{save} is a file. Give --save a folder, or a name that is free.")
     if png is not None:
         from ttrouting.evaluation.report.canvas import need_matplotlib
 
