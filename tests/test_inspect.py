@@ -363,6 +363,15 @@ def test_strategies_are_no_trace(tmp_path):
     assert Path(tmp_path / "s").is_dir()
 
 
+def test_what_the_documentation_prints_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {})
+    assert isinstance(ttr.load("my_trace"), RoutingTrace)
+    assert capsys.readouterr().out.startswith("torch.Size([")
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     import sys
 
