@@ -1,7 +1,9 @@
 """Inspections: differences counted by hand, what each view shows, and the command around them."""
 
+import base64
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,43 +14,14 @@ from typer.testing import CliRunner
 
 import ttrouting as ttr
 from families.build import build
+from inspections import E, K, L, T, inspection, made
 from ttrouting.cli import app
 from ttrouting.cli.models import encode, load_model
 from ttrouting.inspection.compare import compare
 from ttrouting.inspection.page import page, write_page
-from ttrouting.inspection.record import Inspection, NextToken, inspect_prompt
+from ttrouting.inspection.record import Inspection, inspect_prompt
 from ttrouting.inspection.terminal import TerminalView
-from ttrouting.report import Report, SequenceReport
 from ttrouting.trace import RoutingTrace
-
-T, L, E, K = 12, 3, 8, 3
-WORDS = ["Ab", "cd\n", " <i>", "</script>", "\t", "é", "x", "y", "z", " end", "[b]", ":smile:"]
-
-
-def made(seed, tokens=T, layers=L, experts=E, k=K, drop=0.0, words=None):
-    """A random trace whose text and layers are the same for all seeds."""
-    generator = torch.Generator().manual_seed(seed)
-    pi = torch.randn(tokens, layers, experts, generator=generator).softmax(-1)
-    weights, ids = pi.topk(k, -1)
-    gone = torch.rand(ids.shape, generator=generator) < drop
-    return RoutingTrace.from_arrays(
-        ids.masked_fill(gone, -1),
-        weights.masked_fill(gone, 0),
-        torch.special.entr(pi).sum(-1),
-        num_experts=experts,
-        tokens=words or [WORDS[t % len(WORDS)] for t in range(tokens)],
-        layers=[f"model.layers.{i}.mlp" for i in range(layers)],
-        prompt_tokens=tokens - 2,
-    )
-
-
-def inspection(**options):
-    phases = [{"curve": [2.5, 2.25, float("nan")], "loss_after": 2.0, "outcome": "accepted"}]
-    sequence = SequenceReport(T, 2, {"rerouting": {"outcome": "accepted", "adaptations": phases}}, 3.0, [3.0] * L)
-    likely = (NextToken(" a", 0.25, 0.5), NextToken("<b>", 0.125, 0.0625))
-    report = Report([sequence], ["x"] * L, [K] * L, {"total": 1.0})
-    return Inspection("a <title>", made(0, **options), made(1, drop=0.2, **options), likely, report)
-
 
 # --- differences ------------------------------------------------------------------------------------------
 
@@ -214,7 +187,7 @@ def test_long_texts_are_cut_and_told():
     assert "the last 240 of 1000 tokens" in shown(Inspection("long", made(0, tokens=1000)))
 
 
-def test_a_terminal_without_unicode(monkeypatch):
+def test_a_terminal_without_unicode():
     console = Console(width=100, color_system=None, legacy_windows=False)
     options = console.options.copy()
     options.encoding = "ascii"
@@ -232,8 +205,6 @@ def facts_of(text):
 
 
 def array(text, dtype, *shape):
-    import base64
-
     return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
 
 
@@ -373,8 +344,6 @@ def test_what_the_documentation_prints_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run("a", "--png", tmp_path / "picture.png", code=2)
     assert '--png needs matplotlib. Install it: pip install "ttrouting[viz]"' in done.stderr

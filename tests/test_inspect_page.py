@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chromium import PROGRAM, chromium
-from test_inspect import E, L, T, inspection
+from inspections import E, L, T, inspection
 from ttrouting.inspection.page import write_page
 from ttrouting.inspection.record import Inspection
 

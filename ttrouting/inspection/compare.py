@@ -62,8 +62,7 @@ class Difference:
 
     def _layer(self, i: int) -> LayerChange:
         base, adapted = self.base, self.adapted
-        entropies = (None if t.entropy is None else float(t.entropy[:, i].mean()) for t in (base, adapted))
-        before, after = entropies
+        before, after = (None if t.entropy is None else float(t.entropy[:, i].mean()) for t in (base, adapted))
         return LayerChange(
             i,
             base.layers[i],

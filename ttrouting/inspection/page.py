@@ -52,7 +52,7 @@ def page(found: Inspection) -> str:
         "style": stylesheet() + _own("page.css"),
         # nothing in a text can end the element that holds it
         "facts": json.dumps(plain(_facts(found)), separators=(",", ":")).replace("<", "\\u003c"),
-        "script": _own("page.js"),
+        "script": _own("maps.js") + _own("page.js"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _own("page.html"))
 

@@ -14,7 +14,7 @@ from ttrouting.inspection.compare import Difference, compare
 from ttrouting.report import Report
 from ttrouting.trace import RoutingTrace
 
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
 LIKELY, SEEN = 10, 0.001  # next tokens of base and of adapted that are shown, if they are at least so likely
 
 

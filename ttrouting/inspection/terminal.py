@@ -41,7 +41,9 @@ class TerminalView:
         yield Text(summary(self.inspection), "dim")
         yield from _loads(base, adapted, bars, options.max_width)
         yield Text()
-        yield from _strips(base, adapted, difference, layer, console.color_system is not None)
+        yield from _strips(
+            base, adapted, difference, layer, console.color_system is not None and not console.no_color
+        )
         if difference is not None:
             some = f", {MOST_LAYERS} of {len(changes)}" if len(changes) > MOST_LAYERS else ""
             heading = Text(f"Layers most changed{some}", "bold")
