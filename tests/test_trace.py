@@ -106,7 +106,8 @@ def test_with_intervals_it_is_the_routing_that_is_in_the_cache(olmoe64, prompts,
     ids = prompts(24)
     strategy = ttr.Rerouting(interval=2, lr=0.5, steps=2, layers="all", refresh_kv=refresh)
     with ttr.adapt(olmoe64, strategy, no_harm=False) as adapted:
-        adapted.generate(ids, max_new_tokens=2, do_sample=False)
+        with adapted.tracing():
+            adapted.generate(ids, max_new_tokens=2, do_sample=False)
         first = adapted.state.tensors["rerouting"]["delta"][0]
         with adapted.tracing() as traces:
             out = adapted.generate(ids, max_new_tokens=4, do_sample=False)
@@ -203,8 +204,9 @@ def test_tokens_are_pieces_of_the_text(olmoe, tokenizer):
 # --- what it leaves alone ---------------------------------------------------------------------------------
 
 
-def test_it_changes_nothing_and_ends_with_its_block(olmoe, prompts, untouched):
-    ids = prompts(30, 20)
+@pytest.mark.usefixtures("true_double")
+def test_it_changes_nothing_and_ends_with_its_block(prompts, untouched):
+    olmoe, ids = build_double("olmoe"), prompts(30, 20)
     call = {"attention_mask": (ids != 0).long(), "max_new_tokens": 4, "do_sample": False}
     with untouched(olmoe), ttr.adapt(olmoe, [ttr.Rerouting(lr=0.2), ttr.SCMoE()]) as adapted:
         before = adapted.generate(ids, **call)
