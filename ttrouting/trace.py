@@ -95,7 +95,7 @@ class RoutingTrace:
         Raises:
             ConfigError: shapes that do not fit, an expert that is not there, or twice in one place.
         """
-        found = torch.as_tensor(np.array(ids))
+        found = _tensor(ids)
         if found.dim() == 3:
             _check_distinct(found)
         names = tokens if tokens is not None else [str(t) for t in range(len(found))]
@@ -103,8 +103,8 @@ class RoutingTrace:
         narrow = found.dim() == 3 and not found.is_floating_point() and found.abs().max() <= MOST_EXPERTS
         return cls(
             found.to(torch.int16) if narrow else found,  # what does not fit is refused, not wrapped
-            None if weights is None else torch.as_tensor(np.array(weights), dtype=torch.float32),
-            None if entropy is None else torch.as_tensor(np.array(entropy), dtype=torch.float32),
+            None if weights is None else _tensor(weights).to(torch.float32),
+            None if entropy is None else _tensor(entropy).to(torch.float32),
             tuple(names),
             tuple(sites),
             num_experts,
@@ -132,6 +132,11 @@ class RoutingTrace:
             return self.ids[:, :, 0].long()
         best = self.weights.masked_fill(self.ids == NO_EXPERT, -torch.inf).argmax(-1, keepdim=True)
         return self.ids.gather(2, best)[:, :, 0].long()
+
+
+def _tensor(values: Any) -> Tensor:
+    """Arrays, lists and tensors, copied: a trace does not change with what it was made of."""
+    return values.clone() if isinstance(values, Tensor) else torch.as_tensor(np.array(values))
 
 
 def decode_routed_experts(text: str, num_layers: int | None = None, top_k: int | None = None) -> np.ndarray[Any, Any]:

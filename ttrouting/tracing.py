@@ -105,8 +105,8 @@ def _gather(parts: list[_Part], places: dict[int, tuple[Tensor, Tensor]]) -> tup
         position, token = places[id(part.rows)]
         there = token.to(part.ids.device)
         ids[position] = _pad(part.ids[there].cpu(), widest, NO_EXPERT)
-        weights[position] = _pad(part.weights[there].cpu(), widest, 0)
-        entropy[position] = part.entropy[there].float().cpu()
+        weights[position] = _pad(part.weights[there].to("cpu", torch.float32), widest, 0)
+        entropy[position] = part.entropy[there].to("cpu", torch.float32)
         seen[position] = True
     return ids, weights, entropy, seen
 
