@@ -84,8 +84,8 @@ class TraceRecorder:
         ids = ids[:length]
         return RoutingTrace(
             torch.stack([_pad(found, widest, NO_EXPERT) for found, *_ in layers], 1).to(torch.int16),
-            torch.stack([_pad(weights, widest, 0) for _, weights, *_ in layers], 1),
-            torch.stack([entropy for *_, entropy, _ in layers], 1),
+            torch.stack([_pad(weights, widest, 0) for _, weights, *_ in layers], 1).to(torch.float32),
+            torch.stack([entropy for *_, entropy, _ in layers], 1).to(torch.float32),
             _pieces(ids, tokenizer),
             tuple(site.name for site in session.sites),
             max(site.num_experts for site in session.sites),
@@ -99,14 +99,14 @@ def _gather(parts: list[_Part], places: dict[int, tuple[Tensor, Tensor]]) -> tup
     length = 1 + max((int(position.max()) for position, _ in places.values() if len(position)), default=-1)
     widest = max((part.ids.shape[1] for part in parts), default=0)
     ids = torch.full((length, widest), NO_EXPERT, dtype=torch.int64)
-    weights, entropy = torch.zeros(length, widest), torch.zeros(length)
+    weights, entropy = torch.zeros(length, widest).double(), torch.zeros(length).double()
     seen = torch.zeros(length, dtype=torch.bool)
     for part in parts:
         position, token = places[id(part.rows)]
         there = token.to(part.ids.device)
         ids[position] = _pad(part.ids[there].cpu(), widest, NO_EXPERT)
-        weights[position] = _pad(part.weights[there].to("cpu", torch.float32), widest, 0)
-        entropy[position] = part.entropy[there].to("cpu", torch.float32)
+        weights[position] = _pad(part.weights[there].double().cpu(), widest, 0)
+        entropy[position] = part.entropy[there].double().cpu()
         seen[position] = True
     return ids, weights, entropy, seen
 
