@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ttrouting.strategies.static_routing import StaticRouting
     from ttrouting.strategies.task_delta import TaskDelta
     from ttrouting.strategy import DecodingRun, DecodingStrategy, RoutingRun, RoutingStrategy
+    from ttrouting.trace import RoutingTrace
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ _HOMES = {
     "ttrouting.shared_fit": ("SharedFit", "fit_shared_delta"),
     "ttrouting.state": ("AdaptationState",),
     "ttrouting.strategy": ("DecodingRun", "DecodingStrategy", "RoutingRun", "RoutingStrategy"),
+    "ttrouting.trace": ("RoutingTrace",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -87,6 +89,7 @@ __all__ = [
     "Rerouting",
     "RoutingRun",
     "RoutingStrategy",
+    "RoutingTrace",
     "SCMoE",
     "SharedFit",
     "Site",

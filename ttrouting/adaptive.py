@@ -40,6 +40,8 @@ from ttrouting.sites import Site, find_sites
 from ttrouting.state import AdaptationState
 from ttrouting.strategy import Strategy, overrides
 from ttrouting.target import Target
+from ttrouting.trace import RoutingTrace
+from ttrouting.tracing import TraceRecorder
 from ttrouting.usage import UsageMeter, returned_rows
 
 # which models are adapted now; weak, so that a forgotten adapter or model frees its place
@@ -102,6 +104,7 @@ class AdaptiveModel:
         self._plan = plan
         self._lock = threading.Lock()
         self._paused = 0
+        self._traces: list[RoutingTrace] | None = None
         self._report = Report()
         self._state = AdaptationState()
         self.closed = False
@@ -139,26 +142,37 @@ class AdaptiveModel:
         if generation_config is not None:
             arguments["generation_config"] = generation_config
         with self._exclusive():
-            if self._paused or not self._plan.active:
+            plan = self._plan
+            if self._paused or not plan.active:
                 self._report = Report()  # what was learned before a pause is still there after it
-                return model.generate(**arguments)
+                if self._traces is None:
+                    return model.generate(**arguments)
+                plan = Plan(plan.target, (), None)
             check_model_call(model)
-            check_generate_call(self._plan, arguments)
+            check_generate_call(plan, arguments)
             ids = check_ids(arguments.get("input_ids"))
             given = arguments.get("attention_mask")
             mask = check_prompt(model, ids, infer_mask(model, arguments, ids) if given is None else given)
             arguments["attention_mask"] = mask.long() if given is None else given
             targets = _targets(ids, mask, loss_mask)
             context = Context(ids, mask, targets, loss_mask is not None, _prompt_inputs(arguments))
-            return self._generate(context, arguments, state)
+            return self._generate(plan, context, arguments, state)
 
-    def _generate(self, context: Context, arguments: dict[str, Any], state: AdaptationState | None) -> Any:
-        model, plan = self._model, self._plan
+    def _generate(
+        self, plan: Plan, context: Context, arguments: dict[str, Any], state: AdaptationState | None
+    ) -> Any:
+        model, traces = self._model, self._traces
         keys = sequence_keys(context.ids, context.mask)
-        handed_over = can_hand_over(plan, context, arguments)
+        beams, copies = (option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences"))
+        if traces is not None and beams > 1:
+            raise UnsupportedCallError(
+                f"num_beams={beams} cannot be traced: a beam's tokens were routed in the rows of other beams. "
+                "Use num_beams=1, or trace a plain forward over the text that came out."
+            )
+        # what adaptations read is not traced: generate reads the prompt itself, under what was learned
+        handed_over = traces is None and can_hand_over(plan, context, arguments)
         session = Session(plan, context.mask, keys, find_endings(model, arguments), handed_over)
         _restore(session, state)
-        beams, copies = (option(model, arguments, n, 1) for n in ("num_beams", "num_return_sequences"))
         # generate repeats each prompt `max(beams, copies)` times: copies are a subset of the beams
         repeats = max(beams, copies)
         clock: dict[str, float] = {}
@@ -173,6 +187,7 @@ class AdaptiveModel:
                     arguments["past_key_values"] = session.cache
                 session.hands_over = False  # from here on the cache is generate's
                 meter.start()
+                recorder = TraceRecorder(session) if traces is not None else None
                 self._add_interval(session, meter, context, arguments, clock)
             begun = perf_counter()
             output = model.generate(**arguments)
@@ -181,8 +196,11 @@ class AdaptiveModel:
         clock["total"] = perf_counter() - started
         sequences = output if isinstance(output, Tensor) else output.sequences
         rows = returned_rows(context.ids.shape[0], repeats, sequences.shape[0])
-        self._state = _learned(session, rows)
-        self._report = meter.report(context, sequences, rows, clock)
+        if plan.active:
+            self._state = _learned(session, rows)
+            self._report = meter.report(context, sequences, rows, clock)
+        if traces is not None and recorder is not None:
+            traces += recorder.traces(context.ids, context.mask, sequences, rows)
         return output
 
     def _add_interval(
@@ -207,7 +225,8 @@ class AdaptiveModel:
             if bool(active.any()):
                 with torch.no_grad(), edits_only(self._model), meter.paused(), using_experts(self._model, experts):
                     text = prompt.continued(ids)
-                    changed = [run.adapt(text, active) for run in session.runs]
+                    with session.unobserved():
+                        changed = [run.adapt(text, active) for run in session.runs]
                     if any(changed) and session.cache is not None:
                         session.refill(text)
             clock["readapt"] = clock.get("readapt", 0.0) + perf_counter() - begun
@@ -231,7 +250,8 @@ class AdaptiveModel:
             arguments["input_ids"] = input_ids
         model = self._model
         with self._exclusive():
-            if self._paused or not self._plan.routing:
+            routing = () if self._paused else self._plan.routing
+            if not routing and self._traces is None:
                 return model(**arguments)
             check_model_call(model)
             cache = arguments.get("past_key_values")
@@ -243,12 +263,14 @@ class AdaptiveModel:
             ids = check_ids(arguments.get("input_ids"))
             given = arguments.get("attention_mask")
             mask = check_inputs(model, ids, given if isinstance(given, Tensor) and given.dim() == 2 else None)
-            routing_only = Plan(self._plan.target, self._plan.routing, None)
-            session = Session(routing_only, mask, sequence_keys(ids, mask))
+            session = Session(Plan(self._plan.target, routing, None), mask, sequence_keys(ids, mask))
             _restore(session, state)
+            recorder = TraceRecorder(session) if self._traces is not None else None
             with session.installed():
                 output = model(**arguments)
             session.check_coverage()
+            if self._traces is not None and recorder is not None:
+                self._traces += recorder.traces(ids, mask, ids, list(range(ids.shape[0])))
             return output
 
     forward = __call__  # the model's own would go past the strategies
@@ -277,6 +299,8 @@ class AdaptiveModel:
             ConfigError, UnsupportedCallError, ModelBusy, CoverageError: see the message.
         """
         model = self._model
+        if self._traces is not None:
+            raise UnsupportedCallError("score is not traced: it reads each text several times. Trace plain calls.")
         with self._exclusive(), torch.no_grad():
             ids = check_ids(input_ids)
             mask = check_prompt(model, ids, attention_mask)
@@ -349,6 +373,24 @@ class AdaptiveModel:
             yield self
         finally:
             self._paused -= 1
+
+    @contextmanager
+    def tracing(self) -> Iterator[list[RoutingTrace]]:
+        """Inside this block calls write down how they route: a trace for each returned sequence joins the list.
+
+        `generate` traces the prompt and what it writes but for the last token, which no layer reads; a plain call
+        traces its text. Calls inside `paused` trace the model's own routing, through taps that change no bit.
+        Slower: prompts are read once more than by an adaptation alone.
+
+        Raises:
+            UnsupportedCallError: from `score`, and from beam search.
+        """
+        before, found = self._traces, list[RoutingTrace]()
+        self._traces = found
+        try:
+            yield found
+        finally:
+            self._traces = before
 
     def close(self) -> None:
         """Give the model back. Idempotent; calls after it raise."""

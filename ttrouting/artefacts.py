@@ -1,4 +1,4 @@
-"""Save strategies and learned state as data: safetensors and JSON, nothing that could run."""
+"""Save strategies, learned state and traces as data: safetensors and JSON, nothing that could run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from ttrouting.errors import ArtefactError, ConfigError
 from ttrouting.registry import get_strategy
 from ttrouting.state import AdaptationState
 from ttrouting.strategy import Strategy
+from ttrouting.trace import RoutingTrace
 
 SCHEMA = 1
 MANIFEST = "ttrouting.json"
+TRACE_FACTS = {"tokens": list, "layers": list, "num_experts": int, "prompt_tokens": int}
 # tensor files are named by their content, so that a manifest never meets the tensors of another
 OURS = re.compile(r"tensors-[0-9a-f]{16}\.safetensors|\.draft")
 
 
-def save(path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | AdaptationState) -> Path:
-    """Write strategies, or the state of an adapted model, into a folder. Replaces what `save` wrote there.
+Saved = Strategy | Sequence[Strategy] | AdaptationState | RoutingTrace
+
+
+def save(path: str | os.PathLike[str], what: Saved) -> Path:
+    """Write strategies, an adapted model's state, or a trace, into a folder. Replaces what `save` wrote there.
 
     A kill half-way leaves the old content or the new one, nothing in between.
 
@@ -34,7 +39,7 @@ def save(path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | Ada
         path: a folder that does not exist yet, or one that `save` wrote.
 
     Raises:
-        ConfigError: something else than strategies or a state. ArtefactError: the folder holds other things.
+        ConfigError: something else than strategies, a state or a trace. ArtefactError: the folder holds other things.
     """
     folder = Path(path)
     if folder.exists() and not (folder / MANIFEST).is_file() and not _only_ours(folder):
@@ -55,9 +60,9 @@ def save(path: str | os.PathLike[str], what: Strategy | Sequence[Strategy] | Ada
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """What `save` wrote: a list of strategies, or an `AdaptationState`.
+    """What `save` wrote: a list of strategies, an `AdaptationState`, or a `RoutingTrace`.
 
-    Whether it belongs to a model is checked when it meets one, in `adapt` or `generate`.
+    Whether strategies or a state belong to a model is checked when they meet one, in `adapt` or `generate`.
 
     Raises:
         ArtefactError: missing, damaged, cut short, or of another schema.
@@ -81,20 +86,46 @@ def load(path: str | os.PathLike[str]) -> Any:
         groups.setdefault(group, {})[name] = value
     if manifest["kind"] == "state":
         return AdaptationState(groups, manifest["fingerprint"])
+    if manifest["kind"] == "trace":
+        return _trace(file, groups.get("trace", {}), manifest)
     return [
         get_strategy(config["strategy"]).from_dict(config, groups.get(str(number)))
         for number, config in enumerate(manifest["strategies"])
     ]
 
 
-def _describe(what: Strategy | Sequence[Strategy] | AdaptationState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _trace(file: Path, arrays: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> RoutingTrace:
+    facts = manifest["trace"]
+    if "ids" not in arrays:
+        raise ArtefactError(f"{file} holds no experts of tokens. Save the trace again.")
+    try:
+        return RoutingTrace(
+            arrays["ids"],
+            arrays.get("weights"),
+            arrays.get("entropy"),
+            tuple(map(str, facts["tokens"])),
+            tuple(map(str, facts["layers"])),
+            facts["num_experts"],
+            facts["prompt_tokens"],
+            manifest["fingerprint"],
+        )
+    except ConfigError as error:
+        raise ArtefactError(f"{file} holds no trace: {error}") from None
+
+
+def _describe(what: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest, still without hashes, and the tensors by `group/name`."""
     if isinstance(what, AdaptationState):
         tensors = {f"{group}/{name}": v for group, values in what.tensors.items() for name, v in values.items()}
         return {"schema": SCHEMA, "kind": "state", "fingerprint": what.fingerprint}, tensors
+    if isinstance(what, RoutingTrace):
+        arrays = {"ids": what.ids, "weights": what.weights, "entropy": what.entropy}
+        facts = {name: getattr(what, name) for name in TRACE_FACTS}
+        manifest = {"schema": SCHEMA, "kind": "trace", "fingerprint": what.fingerprint, "trace": facts}
+        return manifest, {f"trace/{name}": array for name, array in arrays.items() if array is not None}
     strategies = [what] if isinstance(what, Strategy) else list(what) if isinstance(what, Sequence) else []
     if not strategies or not all(isinstance(s, Strategy) for s in strategies):
-        raise ConfigError(f"save takes strategies or an adapted model's state, got {what!r}.")
+        raise ConfigError(f"save takes strategies, an adapted model's state or a trace, got {what!r}.")
     tensors = {f"{number}/{name}": v for number, s in enumerate(strategies) for name, v in s.tensors().items()}
     configs = [s.to_dict() for s in strategies]
     return {"schema": SCHEMA, "kind": "strategies", "strategies": configs}, tensors
@@ -115,8 +146,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("sha256") != digest(manifest):
         raise ArtefactError(f"{file} was changed after it was written: its hash does not fit. Save it again.")
     kind, configs = manifest.get("kind"), manifest.get("strategies")
-    if kind == "state":
+    if kind in ("state", "trace"):
         fine = isinstance(manifest.get("fingerprint"), str)
+        if kind == "trace":
+            told = manifest.get("trace")
+            fine &= isinstance(told, dict) and all(isinstance(told.get(n), t) for n, t in TRACE_FACTS.items())
     else:
         named = (isinstance(c, dict) and isinstance(c.get("strategy"), str) for c in configs or ())
         fine = kind == "strategies" and isinstance(configs, list) and all(named)

@@ -102,6 +102,15 @@ class Session:
             self.edits_logits, self.edits_scores, self.edits_selection = before
 
     @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Observers of before do not see the forwards in this block."""
+        before, self.observers = self.observers, []
+        try:
+            yield
+        finally:
+            self.observers = before
+
+    @contextmanager
     def installed(self) -> Iterator[None]:
         """Taps are on inside this block, dropped experts are not computed, and all is as before after it."""
         drops = self.decoding is not None or any(overrides(run, "edit_selection") for run in self.runs)

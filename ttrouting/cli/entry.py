@@ -12,7 +12,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ttrouting.cli import bench, calibrate, demo, evaluate, generate, refset, report, serve, sites, strategies, tune
+from ttrouting.cli import (
+    bench,
+    calibrate,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    refset,
+    report,
+    serve,
+    sites,
+    strategies,
+    tune,
+)
 from ttrouting.cli.options import DEBUG
 from ttrouting.cli.output import Output, encode_anything
 from ttrouting.errors import ArtefactError, CompositionError, ConfigError, TTRoutingError
@@ -68,6 +81,7 @@ def _options(
 
 app.command("demo")(demo.command)
 app.command("generate")(generate.command)
+app.command("inspect")(inspect.command)
 app.command("sites")(sites.command)
 app.command("calibrate")(calibrate.command)
 app.command("bench")(bench.command)

@@ -66,7 +66,7 @@ def command(
     strategies = make_strategies(adapt or [], settings or [], load or [])
     with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
-        inputs = encode(loaded, tokenizer, *_templated(tokenizer, texts, chat))
+        inputs = encode(loaded, tokenizer, *templated(tokenizer, texts, chat))
         options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
         base: list[str] = []
         with ttr.adapt(loaded, strategies, no_harm=no_harm, tokenizer=tokenizer) as adapted:
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _templated(tokenizer: Any, texts: list[str], chat: bool) -> tuple[list[str], bool]:
+def templated(tokenizer: Any, texts: list[str], chat: bool) -> tuple[list[str], bool]:
     """The texts that the model reads, and whether the tokenizer adds its special tokens to them."""
     if not chat:
         return texts, True

@@ -35,8 +35,11 @@ STYLE: Any = {
 }
 
 
-def need_matplotlib() -> None:
+def need_matplotlib(asker: str, extra: str) -> None:
     """Find out before anything is read whether pictures can be drawn.
+
+    Args:
+        asker: what needs them. extra: of this package, that brings them.
 
     Raises:
         ConfigError: no matplotlib.
@@ -44,7 +47,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError('ttrouting report needs matplotlib. Install it: pip install "ttrouting[eval]".') from None
+        raise ConfigError(f'{asker} needs matplotlib. Install it: pip install "ttrouting[{extra}]".') from None
 
 
 def styled() -> Any:
@@ -78,8 +81,8 @@ def short(name: str, longest: int = LONGEST) -> str:
     return name if len(name) <= longest else f"{name[: kept - kept // 2]}…{name[-(kept // 2) :]}"
 
 
-def write_png(figure: Any, file: Path) -> None:
-    """Write a picture, on white.
+def write_png(figure: Any, file: Path, option: str = "--out") -> None:
+    """Write a picture, on white. `option` is what names the file.
 
     Raises:
         ArtefactError: it cannot be written there.
@@ -90,7 +93,7 @@ def write_png(figure: Any, file: Path) -> None:
     try:
         file.write_bytes(drawn.getvalue())
     except OSError as error:
-        raise ArtefactError(f"Cannot write {file}: {error.strerror}. Give another --out.") from None
+        raise ArtefactError(f"Cannot write {file}: {error.strerror}. Give another {option}.") from None
 
 
 def svg(figure: Any, name: str, words: str) -> str:

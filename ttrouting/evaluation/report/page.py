@@ -82,13 +82,14 @@ def page(
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{_css()}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
+        f"<style>{stylesheet()}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
         '<p class="faint">Base and adapted routing on the same documents and prompts, document by document.</p>\n'
         f"{_pictures(together) if several else ''}{''.join(sections)}</main>\n</body>\n</html>\n"
     )
 
 
-def _css() -> str:
+def stylesheet() -> str:
+    """The style of our pages, light and dark."""
     light = " ".join(f"--{name}: {colour};" for colour, (name, _) in ON_DARK.items())
     dark = " ".join(f"--{name}: {colour};" for name, colour in ON_DARK.values())
     return CSS.replace("LIGHT", light).replace("DARK", dark)

@@ -63,7 +63,7 @@ def write_report(
     Raises:
         ConfigError: no matplotlib; no task has the metric. ArtefactError: no run, a damaged one, no place to write.
     """
-    need_matplotlib()
+    need_matplotlib("ttrouting report", "eval")
     runs = _named({folder: read_comparison(folder, metric) for folder in folders})
     try:
         out.mkdir(parents=True, exist_ok=True)
