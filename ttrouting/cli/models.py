@@ -19,6 +19,7 @@ from ttrouting.errors import ConfigError, TTRoutingError
 from ttrouting.pocket import PocketWeightsMissing, load_pocket
 
 POCKET = "pocket"
+SMALL = 50_000_000  # parameters
 
 
 class ModelLoadError(TTRoutingError):
@@ -177,3 +178,19 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], special_tokens: boo
     device = model.get_input_embeddings().weight.device
     home = "cpu" if device.type == "meta" else device
     return {name: batch[name].to(home) for name in ("input_ids", "attention_mask")}
+
+
+@contextmanager
+def few_threads(model: Any) -> Iterator[None]:
+    """One thread for a small model on a CPU.
+
+    A second one gains little there. Beside another job on the same cores threads wait for each other: the demo
+    took five times as long with two.
+    """
+    before = torch.get_num_threads()
+    if model.device.type == "cpu" and model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
