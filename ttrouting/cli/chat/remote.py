@@ -72,7 +72,8 @@ class RemoteEngine:
         stop = None if self._templated else STOP
         text, shown, begun = "", 0, perf_counter()
         first: float | None = None
-        last, ended, usage = begun, "end", {}
+        last, ended = begun, "end"
+        usage: dict[str, Any] = {}
         try:
             for piece, reason, counted in self._events(request):
                 usage = counted or usage
@@ -117,6 +118,7 @@ class RemoteEngine:
             **({} if wanted.top_p is None else {"top_p": wanted.top_p}),
             **({} if request.base else self._extra),
         }
+        own: dict[str, Any]
         if self._templated:
             path, own = "chat/completions", {"messages": messages(request.turns, request.text)}
         else:

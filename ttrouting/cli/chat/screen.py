@@ -21,8 +21,8 @@ from ttrouting.cli.chat.routing import LayerChange, RoutingChange
 from ttrouting.cli.output import Output
 
 # A model's control characters would move the cursor or change the terminal: they are shown as pictures.
-_CONTROL = {**{c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}, 127: 0x2421, 9: "    "}
-_CONTROL |= dict.fromkeys(range(128, 160), 65533)
+_CONTROL: dict[int, int | str] = {c: 0x2400 + c for c in range(32) if c != ord("\n")}
+_CONTROL |= {ord("\t"): "    ", 0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 ONLY_BASE, ONLY_ADAPTED = "red underline", "green underline"
 
 
