@@ -23,7 +23,7 @@ from ttrouting.cli.output import Output
 # A model's control characters would move the cursor or change the terminal: they are shown as pictures.
 _CONTROL: dict[int, int | str] = {c: 0x2400 + c for c in range(32) if c != ord("\n")}
 _CONTROL.update({ord("\t"): "    ", 0x7F: 0x2421})
-_CONTROL.update({c: 0xFFFD for c in range(0x80, 0xA0)})
+_CONTROL.update(dict.fromkeys(range(0x80, 0xA0), 0xFFFD))
 ONLY_BASE, ONLY_ADAPTED = "red underline", "green underline"
 
 
