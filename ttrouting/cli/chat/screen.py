@@ -70,8 +70,7 @@ class Screen:
         if not self._output.notes.is_terminal:
             self._output.error(message)
             return
-        line = Text("! ", style="bold red")
-        self._say(line.append(" ".join(printable(message).split()), style="default"))
+        self._say(Text.assemble(("! ", "bold red"), " ".join(printable(message).split())))
 
     def _say(self, what: Text) -> None:
         self._output.notes.print(what, soft_wrap=not self._output.notes.is_terminal)
@@ -85,7 +84,9 @@ class Screen:
         notes = self._output.notes
         width = notes.width if notes.is_terminal else 10_000
         for line in lines(footer(answer), width):
-            self._output.notes.print(line, soft_wrap=True)
+            notes.print(line, soft_wrap=True)
+        if notes.is_terminal:
+            notes.print()  # a turn ends here
 
     def difference(self, base: Answer, adapted: Answer, names: Sequence[str]) -> None:
         """Two answers side by side, with the tokens that differ marked; without a terminal as a word diff."""
@@ -95,8 +96,9 @@ class Screen:
         for name in ("base", title):
             table.add_column(name, ratio=1, overflow="fold")
         table.add_row(left, right)
-        for one, two in zip(*(_cost(a) for a in (base, adapted)), strict=True):
-            table.add_row(Text(one, "dim"), Text(two, "dim"))
+        room = self.width // 2 - 2
+        costs = ([Text(fact, "dim") for fact in _facts(one)] for one in (base, adapted))
+        table.add_row(*(Text("\n").join(lines(cost, room)) for cost in costs))
         self.show(table)
         if base.pieces == adapted.pieces:
             self.note("Both answers are the same, token by token.")
@@ -259,11 +261,6 @@ def _append(text: Text, pieces: Iterable[str], same: bool, style: str, signs: tu
         return
     shown = re.sub(r"\n", "↵\n", found)  # a line end has no width to be marked
     text.append(f"{signs[0]}{shown}{signs[1]}", style=style)
-
-
-def _cost(answer: Answer) -> list[str]:
-    facts = _facts(answer)
-    return [" · ".join(facts[:2]), " · ".join(facts[2:])]
 
 
 # --- routing --------------------------------------------------------------------------------------------

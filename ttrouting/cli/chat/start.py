@@ -65,6 +65,10 @@ def command(
     strategies = make_strategies(adapt or [], options or [], load or [])
     settings = Settings(max_new_tokens, temperature, top_p, seed, no_harm)
     with ExitStack() as held:
+        if talks:
+            from ttrouting.cli.chat.terminal import converse, keys_unseen  # what only a terminal needs
+
+            held.enter_context(keys_unseen())
         engine: Engine
         with output.waiting(f"asking {server}" if server else f"loading {model}", not server and downloads(model)):
             if server is not None:
@@ -80,8 +84,6 @@ def command(
         screen = Screen(output, live=sys.stdout.isatty())
         chat = Chat(engine, screen, settings, Switches(tuple(strategies)), interruptible=talks)
         if talks:
-            from ttrouting.cli.chat.terminal import converse  # what only a terminal needs
-
             converse(chat)
             return
         lines = [prompt] if prompt is not None else sys.stdin

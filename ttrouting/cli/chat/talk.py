@@ -58,9 +58,10 @@ class Chat:
             Leave: the user wants to go. KeyboardInterrupt: the answer was stopped before it had a text.
         """
         try:
+            line = line.strip()
             if line.startswith("/") and not line.startswith("//"):
                 run(self, line)
-            elif line.strip():
+            elif line:
                 self.say(line[1:] if line.startswith("//") else line)
         except TTRoutingError as error:
             self.fail(error)

@@ -32,21 +32,21 @@ def converse(chat: Chat) -> None:
     if chat.engine.advice:
         chat.screen.note(chat.engine.advice)
     session = _session(chat)
-    leaving = False  # Ctrl-C was just pressed and nothing else since
-    with _keys_unseen():
-        while True:
-            try:
-                line = session.prompt(MARK)
-                leaving = False
-                chat.handle(line)
-                leaving = bool(chat.turns and chat.turns[-1].stopped)
-            except (Leave, EOFError):
+    leaving = False  # Ctrl-C was just pressed
+    while True:
+        try:
+            line = session.prompt([("bold", MARK)])
+            before = len(chat.answers)
+            leaving = False
+            chat.handle(line)
+            leaving = len(chat.answers) > before and chat.answers[-1][1].ended == "stopped"
+        except (Leave, EOFError):
+            return
+        except KeyboardInterrupt:
+            if leaving:
                 return
-            except KeyboardInterrupt:
-                if leaving:
-                    return
-                leaving = True
-                chat.screen.note("Stopped. Ctrl-C again leaves.")
+            leaving = True
+            chat.screen.note("Stopped. Ctrl-C again leaves.")
 
 
 def _session(chat: Chat) -> PromptSession[str]:
@@ -147,8 +147,8 @@ def _history(chat: Chat) -> History:
 
 
 @contextmanager
-def _keys_unseen() -> Iterator[None]:
-    """Keys pressed while an answer is written do not show up in it; they are there at the next prompt."""
+def keys_unseen() -> Iterator[None]:
+    """Keys pressed while the model is loaded or answers do not show up there, but at the next prompt."""
     try:
         before = termios.tcgetattr(sys.stdin)
     except termios.error:
