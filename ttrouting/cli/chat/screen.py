@@ -163,8 +163,9 @@ class Writer:
         if not self._word:
             return
         size = cell_len(self._space) + cell_len(self._word)
-        if self._column and self._column + size > self._width:
-            self._put("\n")
+        if self._column + size > self._width:
+            if self._column:
+                self._put("\n")
             self._column, self._space, size = 0, "", cell_len(self._word)
         self._put(self._space + self._word)
         self._column, self._space, self._word = self._column + size, "", ""
