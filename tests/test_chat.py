@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_other_files_are_left_alone(chat, capsys, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     _, err = said(chat, capsys, f"/save {tmp_path}/no/x")
     assert "Cannot write" in err
-    out, err = said(chat, capsys, f"/save {tmp_path}/x", "/clear", f"/load {tmp_path}/x")
+    _, err = said(chat, capsys, f"/save {tmp_path}/x", "/clear", f"/load {tmp_path}/x")
     assert "1 turns from" in err
     assert chat.turns == [Turn("one", "one")]
 
@@ -285,7 +286,7 @@ def test_what_belongs_to_an_answer(text, stop, ended, shown):
 def test_what_was_shown_stays_the_beginning_of_the_answer():
     text = " one\n two Q: \nQ x \nQ: three"
     parts = [visible(text[:n], STOP, False) for n in range(len(text) + 1)]
-    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(parts))
     assert visible(text, STOP, True) == "one\n two Q: \nQ x"
 
 

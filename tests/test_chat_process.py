@@ -163,7 +163,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(folder, tmp_path):
 
 
 class Service(BaseHTTPRequestHandler):
-    """`/v1/models`, `/v1/chat/completions` and `/v1/completions`, streamed, by a real model under the asked strategies."""
+    """`/v1/models`, `/v1/chat/completions` and `/v1/completions`, streamed, by a real model."""
 
     protocol_version = "HTTP/1.1"
 
