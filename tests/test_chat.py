@@ -18,7 +18,7 @@ from ttrouting.cli.chat.conversation import Turn
 from ttrouting.cli.chat.interrupts import Leave
 from ttrouting.cli.chat.prompts import STOP, plain, visible
 from ttrouting.cli.chat.screen import Screen, Writer, footer, lines, marked, printable
-from ttrouting.cli.chat.switches import Settings, Switches
+from ttrouting.cli.chat.switches import Settings, Switches, split_setting
 from ttrouting.cli.chat.talk import Chat
 from ttrouting.cli.chat.terminal import toolbar
 from ttrouting.cli.output import Output
@@ -132,6 +132,19 @@ def test_strategies_are_turned_on_and_off_and_keep_their_options(chat, capsys):
     assert chat.engine.used[-1] == ((), False)
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("scmoe.beta 0.3", ("beta", "scmoe", "0.3")),
+        ("scmoe.beta=0.3 ", ("beta", "scmoe", "0.3")),
+        (r"rerouting.loss-on a=(b )c", ("loss_on", "rerouting", "a=(b )c")),
+        ("max-new-tokens = 5", ("max_new_tokens", None, "5")),
+    ],
+)
+def test_settings_are_split_at_the_first_sign(text, parts):
+    assert split_setting(text) == parts
+
+
 def test_what_the_engine_refuses_changes_nothing(chat, capsys):
     loaded = Switches((), {"static_routing": (ttr.StaticRouting(delta=torch.zeros(4, 8)),)})
     chat.switches = loaded
@@ -198,7 +211,7 @@ def test_diff_asks_without_and_with_strategies(chat, capsys):
     out, err = said(chat, capsys, "/on scmoe", "/diff")
     assert [r.base for r in chat.engine.asked[-2:]] == [True, False]
     assert "base adapted: scmoe" in out
-    assert "the same, token by token" in err
+    assert "Both answers are the same." in err
     assert len(chat.turns) == 1
 
 

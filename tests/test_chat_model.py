@@ -46,6 +46,19 @@ def completion(model, tokenizer, text, new=12, **inputs):
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def script(model, ids):
+    """Let the model write these tokens, whatever it reads."""
+    plain = model.forward
+
+    def scripted(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits[:, -1] = -1e9
+        out.logits[:, -1, next(ids)] = 0.0
+        return out
+
+    model.forward = scripted
+
+
 # --- what is read -------------------------------------------------------------------------------------
 
 
@@ -84,19 +97,21 @@ def test_text_of_the_next_turn_ends_an_answer(tiny):
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, eos_token="</s>", pad_token="<pad>")
     engine = LocalEngine(model, tokenizer, "tiny")
     assert "no chat template" in engine.advice
-    ids = iter(tokenizer("ab\nQ: cd")["input_ids"] * 10)
-
-    def scripted(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        out.logits[:, -1] = -1e9
-        out.logits[:, -1, next(ids)] = 0.0
-        return out
-
-    plain, model.forward = model.forward, scripted
+    script(model, iter(tokenizer("ab\nQ: cd")["input_ids"] * 10))
     chat = Chat(engine, Screen(Output(), False), Settings(), Switches())
     chat.handle("hello")
     assert chat.turns[0].answer == "ab"
     assert chat.answers[0][1].ended == "end"
+
+
+def test_an_answer_may_be_empty(tiny, capsys):
+    model, tokenizer = tiny
+    model.generation_config.eos_token_id = 2
+    script(model, iter([2] * 10))
+    chat = talk(model, tokenizer)
+    chat.handle("hello")
+    assert (chat.turns[0].answer, chat.answers[0][1].pieces, chat.answers[0][1].ended) == ("", (), "end")
+    assert "(an empty answer)" in capsys.readouterr().err
 
 
 # --- context ------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_one_message_and_its_json():
     done = process("-p", "12+30", "--adapt", "scmoe", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    (turn,) = found["turns"]
+    (turn,) = found["answers"]
     assert (turn["message"], turn["answer"], turn["ended"]) == ("12+30", "42", "end")
     assert turn["report"]["sequences"][0]["strategies"]["scmoe"]["outcome"] == "applied"
     assert found["strategies"] == [ttr.SCMoE().to_dict()]

@@ -171,6 +171,7 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], special_tokens: boo
         padding=len(texts) > 1,
         padding_side="left",
         add_special_tokens=special_tokens,
+        verbose=False,  # a text that is too long for the model is told where it meets the model
     )
     empty = [i for i, mask in enumerate(batch["attention_mask"]) if not bool(mask.any())]
     if empty:

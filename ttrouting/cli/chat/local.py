@@ -23,7 +23,7 @@ from ttrouting.cli.chat.prompts import PLAIN, Prompts, visible
 from ttrouting.cli.chat.routing import RoutingChange, compare
 from ttrouting.cli.generate import sampling
 from ttrouting.cli.models import POCKET
-from ttrouting.errors import ConfigError, TTRoutingError, UnsupportedCallError
+from ttrouting.errors import ConfigError, UnsupportedCallError
 from ttrouting.generation import find_endings
 from ttrouting.spans import token_starts
 from ttrouting.state import AdaptationState
@@ -62,7 +62,7 @@ class LocalEngine:
         self._adapted.close()
         try:
             self._adapt(strategies, no_harm)
-        except TTRoutingError:
+        except BaseException:  # Ctrl-C too
             self._adapt(self._strategies, self._no_harm)
             raise
 
@@ -108,7 +108,6 @@ class LocalEngine:
         with adapted.paused() if request.base else nullcontext():
             ids = adapted.generate(**arguments, state=None if request.base else request.state)
         seconds = perf_counter() - begun
-        request.stop.heeded = False
         new = ids[0, length:].tolist()
         return self._answer(request, new, room, streamer, seconds, length, ids[0].tolist())
 
@@ -161,7 +160,9 @@ class LocalEngine:
     def _pieces(self, new: list[int]) -> tuple[str, ...]:
         """The tokens of an answer as text, without special ones and the white space around it."""
         special = set(self._tokenizer.all_special_ids)
-        text, starts = token_starts([i for i in new if i not in special], self._tokenizer)
+        if not (kept_ids := [i for i in new if i not in special]):
+            return ()
+        text, starts = token_starts(kept_ids, self._tokenizer)
         kept = visible(text, self._prompts.stop, ended=True)
         low = text.find(kept)
         high = low + len(kept)

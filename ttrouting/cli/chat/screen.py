@@ -101,7 +101,7 @@ class Screen:
         table.add_row(*(Text("\n").join(lines(cost, room)) for cost in costs))
         self.show(table)
         if base.pieces == adapted.pieces:
-            self.note("Both answers are the same, token by token.")
+            self.note("Both answers are the same.")
 
     def routing(self, change: RoutingChange) -> None:
         """What changed in each layer."""

@@ -86,21 +86,19 @@ def command(
         if talks:
             converse(chat)
             return
-        lines = [prompt] if prompt is not None else sys.stdin
         try:
-            for line in lines:
-                if prompt is not None:
-                    chat.say(line)
-                else:
-                    chat.handle(line.rstrip("\r\n"))
+            for line in sys.stdin if prompt is None else [prompt]:
+                chat.handle(line)
         except Leave:
             pass
+        except UnicodeDecodeError as error:
+            chat.fail(ConfigError(f"stdin is not UTF-8 text (byte {error.start} of a part). Convert it first."))
         output.data(
             {
                 "model": engine.name,
                 "strategies": [s.to_dict() for s in chat.switches.on],
                 "no_harm": chat.settings.no_harm,
-                "turns": [{"message": text, **answer.to_dict()} for text, answer in chat.answers],
+                "answers": [{"message": text, **answer.to_dict()} for text, answer in chat.answers],
                 "versions": versions(),
             }
         )

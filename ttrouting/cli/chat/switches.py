@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -135,10 +136,10 @@ def split_setting(text: str) -> tuple[str, str | None, str]:
     Raises:
         ConfigError: a part is missing, or the chat has no such setting.
     """
-    words = text.replace("=", " ", 1).split(maxsplit=1)
-    if len(words) < 2:
+    parts = re.fullmatch(r"([^\s=]+)(?:\s*=\s*|\s+)(.*\S)\s*", text, re.DOTALL)
+    if parts is None:
         raise ConfigError("/set takes a name and a value, for example /set scmoe.beta 0.3 or /set temperature 0.7.")
-    path, value = words
+    path, value = parts.groups()
     name, dot, option = path.partition(".")
     if dot:
         return option.replace("-", "_"), name, value

@@ -125,7 +125,8 @@ class Chat:
         if settings.adaptation == CONTINUE and self.settings.adaptation != CONTINUE and not self.engine.keeps_state:
             raise ConfigError("A server keeps nothing between turns: adaptation stays fresh.")
         if (switches.on, settings.no_harm) != (self.switches.on, self.settings.no_harm):
-            self.engine.use(switches.on, settings.no_harm)
+            with self.screen.waiting("trying the strategies on the model"):
+                self.engine.use(switches.on, settings.no_harm)
         gone = [name for name in self._learned.tensors if name not in switches.names]
         if gone:
             self._learned = _without(self._learned, gone)

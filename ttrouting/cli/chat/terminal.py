@@ -36,17 +36,23 @@ def converse(chat: Chat) -> None:
     while True:
         try:
             line = session.prompt([("bold", MARK)])
-            before = len(chat.answers)
-            leaving = False
-            chat.handle(line)
-            leaving = len(chat.answers) > before and chat.answers[-1][1].ended == "stopped"
-        except (Leave, EOFError):
+        except EOFError:
             return
         except KeyboardInterrupt:
             if leaving:
                 return
             leaving = True
-            chat.screen.note("Stopped. Ctrl-C again leaves.")
+            chat.screen.note("Ctrl-C again leaves.")
+            continue
+        before = len(chat.answers)
+        try:
+            chat.handle(line)
+            leaving = len(chat.answers) > before and chat.answers[-1][1].ended == "stopped"
+        except Leave:
+            return
+        except KeyboardInterrupt:
+            leaving = True
+            chat.screen.note("Stopped before there was an answer: the message is not kept. Ctrl-C again leaves.")
 
 
 def _session(chat: Chat) -> PromptSession[str]:
