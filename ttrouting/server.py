@@ -91,6 +91,7 @@ class Server:
                     yield event
             except (requests.RequestException, ValueError) as error:
                 raise ServerError(f"{self.url}/{path} broke off in the middle of an answer: {error}") from None
+            raise ServerError(f"{self.url}/{path} broke off in the middle of an answer. Ask again.")
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None, stream: bool) -> requests.Response:
         try:
