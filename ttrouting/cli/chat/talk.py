@@ -11,7 +11,7 @@ import torch
 from ttrouting.cli.chat.answers import Answer, Engine, Request
 from ttrouting.cli.chat.commands import run
 from ttrouting.cli.chat.conversation import Turn
-from ttrouting.cli.chat.interrupts import Stop
+from ttrouting.cli.chat.interrupts import Leave, Stop
 from ttrouting.cli.chat.screen import Screen
 from ttrouting.cli.chat.switches import CONTINUE, Settings, Switches
 from ttrouting.errors import ConfigError, TTRoutingError, UnsupportedCallError
@@ -102,7 +102,7 @@ class Chat:
         """The last message answered again, without strategies and with them; the conversation stays as it is.
 
         Raises:
-            ConfigError: there is no message, or nothing is on.
+            ConfigError: there is no message, or nothing is on. KeyboardInterrupt: one of the answers was stopped.
         """
         last = self._last()
         if not self.switches.on:
@@ -113,6 +113,8 @@ class Chat:
             state = self._start(self._learned_before)
             with self.screen.waiting(label):
                 found.append(self._ask(self.turns[:-1], last.user, state, self.settings.seed, base, lambda _: None))
+            if found[-1].ended == "stopped":
+                raise KeyboardInterrupt
         return found[0], found[1]
 
     def clear(self, turns: list[Turn] | None = None) -> None:
@@ -166,6 +168,11 @@ class Chat:
 
             try:
                 answer = self._ask(turns, text, state, seed, False, show)
+            except KeyboardInterrupt as pressed:
+                waiting.close()
+                if not isinstance(pressed, Leave):
+                    self.screen.note("Stopped before there was an answer: the message is not kept.")
+                raise
             finally:
                 waiting.close()
                 if writer is not None:

@@ -52,7 +52,7 @@ def converse(chat: Chat) -> None:
             return
         except KeyboardInterrupt:
             leaving = True
-            chat.screen.note("Stopped before there was an answer: the message is not kept. Ctrl-C again leaves.")
+            chat.screen.note("Stopped. Ctrl-C again leaves.")
 
 
 def _session(chat: Chat) -> PromptSession[str]:
