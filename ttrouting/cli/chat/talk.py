@@ -171,7 +171,7 @@ class Chat:
             except KeyboardInterrupt as pressed:
                 waiting.close()
                 if not isinstance(pressed, Leave):
-                    self.screen.note("Stopped before there was an answer: the message is not kept.")
+                    self.screen.note("Stopped before there was an answer: the conversation is as it was.")
                 raise
             finally:
                 waiting.close()
