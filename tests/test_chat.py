@@ -365,6 +365,8 @@ def test_the_toolbar_fits_in_one_line(chat, width):
     text = "".join(part[1] for part in toolbar(chat, width))
     assert len(text) < width
     assert width < 80 or "rerouting, scmoe, dynamic_k" in text
+    chat.engine.name = "/a/long/path/" * 20 + "model"
+    assert width < 40 or [part[1] for part in toolbar(chat, width)][1] == "model"
 
 
 def test_two_answers_and_help_fit_into_eighty_columns(chat, capsys):

@@ -6,7 +6,7 @@ import os
 import sys
 import termios
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -31,28 +31,28 @@ def converse(chat: Chat) -> None:
     chat.screen.note(f"{chat.engine.about}. /help lists the commands, Ctrl-D leaves.")
     if chat.engine.advice:
         chat.screen.note(chat.engine.advice)
-    session = _session(chat)
+    with suppress(EOFError, KeyboardInterrupt):  # a second Ctrl-C may come while the first is being told
+        _answer_lines(chat, _session(chat))
+
+
+def _answer_lines(chat: Chat, session: PromptSession[str]) -> None:
+    """Until Ctrl-D, /exit or a second Ctrl-C, which raise."""
     leaving = False  # Ctrl-C was just pressed
     while True:
+        before = len(chat.answers)
+        asking = True
         try:
             line = session.prompt([("bold", MARK)])
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if leaving:
-                return
-            leaving = True
-            chat.screen.note("Ctrl-C again leaves.")
-            continue
-        before = len(chat.answers)
-        try:
+            asking = leaving = False
             chat.handle(line)
             leaving = len(chat.answers) > before and chat.answers[-1][1].ended == "stopped"
         except Leave:
-            return
+            raise
         except KeyboardInterrupt:
+            if leaving:
+                raise
             leaving = True
-            chat.screen.note("Stopped. Ctrl-C again leaves.")
+            chat.screen.note("Ctrl-C again leaves." if asking else "Stopped. Ctrl-C again leaves.")
 
 
 def _session(chat: Chat) -> PromptSession[str]:
@@ -118,7 +118,8 @@ class _Completer(Completer):
 def toolbar(chat: Chat, width: int) -> StyleAndTextTuples:
     """The model, what is on, how turns adapt; as much of it as fits into a line."""
     on = ", ".join(chat.switches.names)
-    parts = [("", chat.engine.name), ("class:bottom-toolbar.on", on or "nothing on")]
+    name = Path(chat.engine.name).name[-(width // 3) :]  # what is on matters more than a long path
+    parts = [("", name), ("class:bottom-toolbar.on", on or "nothing on")]
     parts += [("", f"adaptation: {chat.settings.adaptation}")] if chat.engine.keeps_state else []
     parts += [] if chat.settings.no_harm else [("", "no-harm off")]
     parts += [("", f"{len(chat.turns)} turns"), ("", "/help")]
@@ -127,9 +128,7 @@ def toolbar(chat: Chat, width: int) -> StyleAndTextTuples:
     for style, text in parts:
         size = cell_len(text) + (3 if shown else 0)
         if size > room:
-            if shown:
-                break
-            text = text[-room:]  # the end of a path says more
+            break
         if shown:
             shown.append(("", " | "))
         shown.append((style, text))
