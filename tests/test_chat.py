@@ -155,7 +155,7 @@ def test_what_the_engine_refuses_changes_nothing(chat, capsys):
 
 def test_status_and_methods(chat, capsys):
     out, _ = said(chat, capsys, "hello", "/on scmoe", "/status")
-    assert "conversation 1 turns, 7 tokens" in out
+    assert "conversation 1 turn, 7 tokens" in out
     assert "strategies On: scmoe." in out
     assert "temperature greedy" in out
     out, _ = said(chat, capsys, "/methods")
@@ -268,7 +268,7 @@ def test_other_files_are_left_alone(chat, capsys, tmp_path):
     _, err = said(chat, capsys, f"/save {tmp_path}/no/x")
     assert "Cannot write" in err
     _, err = said(chat, capsys, f"/save {tmp_path}/x", "/clear", f"/load {tmp_path}/x")
-    assert "1 turns from" in err
+    assert "1 turn from" in err
     assert chat.turns == [Turn("one", "one")]
 
 

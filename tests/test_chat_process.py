@@ -141,17 +141,17 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(folder, tmp_path):
     terminal.until(LINE)
     terminal.keys("\x03")
     assert int(re.match(r"\d+", terminal.until(r"\d+ tokens ·[^·]*·[\s\S]*?stopped"))[0]) < 3000
-    terminal.until(r"\| 1 turns")
+    terminal.until(r"\| 1 turn")
     terminal.keys("half a line\x03")  # what was typed is dropped, the chat goes on
     terminal.keys("/hel\r")
-    terminal.until(r"There is no command /hel\. Did you mean 'help'\?[\s\S]*?\| 1 turns")
+    terminal.until(r"There is no command /hel\. Did you mean 'help'\?[\s\S]*?\| 1 turn")
     terminal.keys("first\x1b\rsecond\r")  # Alt-Enter: one message of two lines
     terminal.until("second")
     terminal.until(LINE)
     terminal.keys("\x03")
     terminal.until(r"stopped[\s\S]*?\| 2 turns")
     terminal.keys(f"/save {tmp_path}/talk.json\r")
-    terminal.until(r"2 turns are in[\s\S]*?\| 2 turns")
+    terminal.until(r"Written to[\s\S]*?\| 2 turns")
     terminal.keys("\x03")
     terminal.until("Ctrl-C again leaves")
     terminal.keys("\x03")

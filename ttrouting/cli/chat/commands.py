@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ttrouting.cli.chat import conversation
 from ttrouting.cli.chat.interrupts import Leave
+from ttrouting.cli.chat.screen import counted
 from ttrouting.cli.chat.switches import Settings, changed_options, option_names, split_setting
 from ttrouting.errors import ConfigError, UnsupportedCallError, did_you_mean
 from ttrouting.registry import get_strategy, list_strategies
@@ -114,7 +115,7 @@ def _status(chat: Chat, _: str) -> None:
     rows = {"model": chat.engine.about}
     length, limit = chat.engine.length(chat.turns), chat.engine.limit
     of = "" if limit is None else f" of {limit}"
-    rows["conversation"] = f"{len(chat.turns)} turns" + ("" if length is None else f", {length}{of} tokens")
+    rows["conversation"] = counted(len(chat.turns), "turn") + ("" if length is None else f", {length}{of} tokens")
     rows["strategies"] = _standing(chat)
     for field in dataclasses.fields(Settings):
         value = getattr(chat.settings, field.name)
@@ -158,7 +159,7 @@ def _save(chat: Chat, text: str) -> None:
         raise ConfigError("There is no turn to save yet. Ask something first.")
     path = Path(text).expanduser()
     conversation.save(path, chat.turns, chat.engine.name)
-    chat.screen.note(f"{len(chat.turns)} turns are in {path}. What strategies learned is not in it.")
+    chat.screen.note(f"Written to {path}: {counted(len(chat.turns), 'turn')}. What strategies learned is not in it.")
 
 
 def _load(chat: Chat, text: str) -> None:
@@ -167,7 +168,7 @@ def _load(chat: Chat, text: str) -> None:
     replaced = f" instead of the {len(chat.turns)} before" if chat.turns else ""
     chat.clear(turns)
     other = "" if model == chat.engine.name else f" It was held with {model}."
-    chat.screen.note(f"{len(turns)} turns from {path}{replaced}; strategies stay as they are.{other}")
+    chat.screen.note(f"{counted(len(turns), 'turn')} from {path}{replaced}; strategies stay as they are.{other}")
     if turns:
         chat.screen.note(f"The last: {_short(turns[-1].user)} / {_short(turns[-1].answer)}")
 

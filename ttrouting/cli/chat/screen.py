@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_CONTROL)
 
 
+def counted(number: int, word: str) -> str:
+    """`1 turn`, `2 turns`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 class Screen:
     """Where the chat writes.
 
@@ -200,7 +205,7 @@ def footer(answer: Answer) -> list[Text]:
 def _facts(answer: Answer) -> list[str]:
     found = []
     if answer.tokens is not None:
-        found.append(f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}")
+        found.append(counted(answer.tokens, "token"))
     if answer.per_second is not None:
         found.append(f"{answer.per_second:.1f} tokens/s")
     if answer.first_seconds is not None:

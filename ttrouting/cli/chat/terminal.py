@@ -21,6 +21,7 @@ from rich.cells import cell_len
 
 from ttrouting.cli.chat.commands import completions
 from ttrouting.cli.chat.interrupts import Leave
+from ttrouting.cli.chat.screen import counted
 from ttrouting.cli.chat.talk import Chat
 
 MARK = "> "
@@ -122,7 +123,7 @@ def toolbar(chat: Chat, width: int) -> StyleAndTextTuples:
     parts = [("", name), ("class:bottom-toolbar.on", on or "nothing on")]
     parts += [("", f"adaptation: {chat.settings.adaptation}")] if chat.engine.keeps_state else []
     parts += [] if chat.settings.no_harm else [("", "no-harm off")]
-    parts += [("", f"{len(chat.turns)} turns"), ("", "/help")]
+    parts += [("", counted(len(chat.turns), "turn")), ("", "/help")]
     shown: StyleAndTextTuples = []
     room = width - 2
     for style, text in parts:
