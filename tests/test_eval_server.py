@@ -20,7 +20,8 @@ from eval_runs import evaluate, journal
 from ttrouting.evaluation.files import prepare
 from ttrouting.evaluation.question import Question, Variant, with_base
 from ttrouting.evaluation.run import run
-from ttrouting.evaluation.server import ServerError, ServerLM
+from ttrouting.evaluation.server import ServerLM
+from ttrouting.server import ServerError
 
 ROWS = [{"q": f"{a} is what{b}?", "a": "A", "choices": ["A", "BC", "D E"], "gold": i % 3}
         for i, (a, b) in enumerate(("ab", "ca", "df", "be", "fa"))]  # fmt: skip

@@ -6,19 +6,16 @@ test-time routing is for. One set that it was trained on shows the other side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from ttrouting.cli.generate import versions
-from ttrouting.cli.models import POCKET, downloads, load_model
+from ttrouting.cli.models import POCKET, downloads, few_threads, load_model
 from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Json, ModelName
 from ttrouting.cli.output import Output
 from ttrouting.cli.trial import Answers, QuestionSet, answer
@@ -48,7 +45,6 @@ WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     # without solved examples, from those of the shipped reference set
     "c3po": (("c3po", {"scope": "all", "layers": "all", "core_experts": 1.0, "k": 8, "use": "all"}),),
 }
-SMALL = 50_000_000  # parameters
 
 
 def command(
@@ -78,7 +74,7 @@ def command(
             "Without C3PO: the shipped reference set is the pocket model's. Build one: ttrouting refset build."
         )
     results: list[tuple[QuestionSet, dict[str, Answers]]] = []
-    with _few_threads(loaded):
+    with few_threads(loaded):
         for skill, dialect, n, shots, names in sets:
             asked = QuestionSet.draw(skill, dialect, questions or n, shots, seed)
             found: dict[str, Answers] = {}
@@ -98,22 +94,6 @@ def command(
     seconds = perf_counter() - began
     output.note(f"{seconds:.0f} s in all. Next: ttrouting generate --help, ttrouting strategies")
     output.data(_facts(model, seed, results, comparisons, seconds))
-
-
-@contextmanager
-def _few_threads(model: Any) -> Iterator[None]:
-    """One thread for a small model on a CPU.
-
-    A second one gains little there. Beside another job on the same cores threads wait for each other: the demo
-    took five times as long with two.
-    """
-    before = torch.get_num_threads()
-    if model.device.type == "cpu" and model.num_parameters() < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _name(asked: QuestionSet) -> str:

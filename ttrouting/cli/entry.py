@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from ttrouting.cli import (
     bench,
     calibrate,
+    chat,
     demo,
     evaluate,
     generate,
@@ -27,10 +28,8 @@ from ttrouting.cli import (
     tune,
 )
 from ttrouting.cli.options import DEBUG
-from ttrouting.cli.output import Output, encode_anything
-from ttrouting.errors import ArtefactError, CompositionError, ConfigError, TTRoutingError
-
-ASKED_WRONG = (ConfigError, CompositionError, ArtefactError)
+from ttrouting.cli.output import Output, encode_anything, exit_code
+from ttrouting.errors import TTRoutingError
 
 
 class _Commands(TyperGroup):
@@ -49,7 +48,7 @@ class _Commands(TyperGroup):
             if ctx.meta.get(DEBUG):
                 traceback.print_exc()
             Output().error(str(error))
-            raise typer.Exit(2 if isinstance(error, ASKED_WRONG) else 1) from None
+            raise typer.Exit(exit_code(error)) from None
 
 
 app = typer.Typer(
@@ -82,6 +81,7 @@ def _options(
 app.command("demo")(demo.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
+app.command("chat")(chat.command)
 app.command("sites")(sites.command)
 app.command("calibrate")(calibrate.command)
 app.command("bench")(bench.command)

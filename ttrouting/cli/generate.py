@@ -67,7 +67,7 @@ def command(
     with output.waiting(f"loading {model}", downloads(model)) as say:
         loaded, tokenizer = load_model(model, dtype.value, device)
         inputs = encode(loaded, tokenizer, *templated(tokenizer, texts, chat))
-        options = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p)}
+        options = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p)}
         base: list[str] = []
         with ttr.adapt(loaded, strategies, no_harm=no_harm, tokenizer=tokenizer) as adapted:
             say("generating")
@@ -120,7 +120,7 @@ def templated(tokenizer: Any, texts: list[str], chat: bool) -> tuple[list[str], 
     return [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns], False
 
 
-def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     """Arguments of `generate`. Options that were not given keep the model's own values."""
     if temperature == 0 or (temperature is None and top_p is None):
         # also the numbers, which a model's own settings may bring: generate warns of them when greedy

@@ -19,6 +19,7 @@ from ttrouting.errors import ConfigError, TTRoutingError
 from ttrouting.pocket import PocketWeightsMissing, load_pocket
 
 POCKET = "pocket"
+SMALL = 50_000_000  # parameters
 
 
 class ModelLoadError(TTRoutingError):
@@ -170,6 +171,7 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], special_tokens: boo
         padding=len(texts) > 1,
         padding_side="left",
         add_special_tokens=special_tokens,
+        verbose=False,  # a text that is too long for the model is told where it meets the model
     )
     empty = [i for i, mask in enumerate(batch["attention_mask"]) if not bool(mask.any())]
     if empty:
@@ -177,3 +179,19 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], special_tokens: boo
     device = model.get_input_embeddings().weight.device
     home = "cpu" if device.type == "meta" else device
     return {name: batch[name].to(home) for name in ("input_ids", "attention_mask")}
+
+
+@contextmanager
+def few_threads(model: Any) -> Iterator[None]:
+    """One thread for a small model on a CPU.
+
+    A second one gains little there. Beside another job on the same cores threads wait for each other: the demo
+    took five times as long with two.
+    """
+    before = torch.get_num_threads()
+    if model.device.type == "cpu" and model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

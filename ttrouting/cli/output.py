@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from ttrouting.errors import ArtefactError, CompositionError, ConfigError, TTRoutingError
+
 PATIENCE = 2.0  # seconds without a word
 PIPE_WIDTH = 120  # columns of a table that no terminal limits
 
@@ -34,6 +36,11 @@ class Output:
     def notes(self) -> Console:
         """Where words beside the result go, for what draws there itself."""
         return self._notes
+
+    @property
+    def results(self) -> Console:
+        """Where results go, for what draws there itself."""
+        return self._results
 
     @property
     def marks(self) -> tuple[str, str]:
@@ -79,11 +86,13 @@ class Output:
             yield lambda text: self.note(f"{text} ...")
             return
         status = self._notes.status(Text(label))
-        lock, started, said = Lock(), False, label
+        lock, started, ended, said = Lock(), False, False, label
 
         def begin() -> None:
             nonlocal started
             with lock:
+                if ended:  # it was over just when patience was
+                    return
                 started = True
                 status.start() if self._notes.is_terminal else self.note(f"{said} ...")
 
@@ -103,7 +112,13 @@ class Output:
         finally:
             timer.cancel()
             with lock:
+                ended = True
                 status.stop()
+
+
+def exit_code(error: TTRoutingError) -> int:
+    """2 where what was asked for is wrong, 1 where the model or the call cannot be adapted."""
+    return 2 if isinstance(error, (ConfigError, CompositionError, ArtefactError)) else 1
 
 
 def _console(stderr: bool) -> Console:

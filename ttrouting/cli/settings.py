@@ -7,7 +7,7 @@ import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Protocol, Union, cast, get_args, get_origin, get_type_hints
 
 from ttrouting.artefacts import load
 from ttrouting.errors import ConfigError, did_you_mean
@@ -16,7 +16,14 @@ from ttrouting.state import AdaptationState
 from ttrouting.strategy import Strategy
 
 EXAMPLE = "--set scmoe.beta=0.3"
+
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class Named(Protocol):
+    """What messages call options by."""
+
+    name: ClassVar[str]
 
 
 def make_strategies(
@@ -70,13 +77,13 @@ def _preset_and_typed(kind: type[Strategy], texts: Mapping[str, str]) -> dict[st
     return {**(kind.preset_options(texts["preset"]) if "preset" in texts else {}), **typed_options(kind, own)}
 
 
-def typed_options(kind: type[Strategy], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Options of a strategy from text, by the types that its dataclass declares.
+def typed_options(kind: type[Named], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Options of a strategy, or of another dataclass with a name, from text, by the types that it declares.
 
     Raises:
         ConfigError: an option is unknown, or its text is of another type.
     """
-    known = [f.name for f in dataclasses.fields(kind)]
+    known = [f.name for f in dataclasses.fields(cast(Any, kind))]
     for option in texts:
         if option not in known:
             raise ConfigError(f"{kind.name} has no option {option!r}.{did_you_mean(option, known)}")
@@ -84,7 +91,7 @@ def typed_options(kind: type[Strategy], texts: Mapping[str, str]) -> dict[str, A
     return {option: _value(kind.name, option, text, hints.get(option, Any)) for option, text in texts.items()}
 
 
-def _hints(kind: type[Strategy]) -> dict[str, Any]:
+def _hints(kind: type[Named]) -> dict[str, Any]:
     try:
         return get_type_hints(kind)
     except NameError:  # a plugin may import the names of its types for type checkers only

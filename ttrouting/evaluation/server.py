@@ -10,26 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import requests
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from ttrouting.errors import ConfigError, TTRoutingError
+from ttrouting.errors import ConfigError
 from ttrouting.evaluation.costs import Cost
 from ttrouting.evaluation.question import Question
 from ttrouting.pocket import POCKET_DIR
+from ttrouting.server import Server
 from ttrouting.strategy import Strategy
 
-PATIENCE = 600  # seconds for one answer
 NEW_TOKENS = 256  # where a task does not say how many, as in lm-eval
 # A server reads a text and its continuation as one prompt: what learns from prompts would learn from the answer.
 LEARN_NOTHING = ("static_routing", "expert_mask", "dynamic_k")
 Done = Callable[[int], Any]
-
-
-class ServerError(TTRoutingError):
-    """A server could not be reached, or refused a request."""
 
 
 class ServerLM:
@@ -49,12 +44,7 @@ class ServerLM:
 
         if question.samples > 1:
             raise ConfigError("--samples draws by document and sample, which a server cannot. Leave out --server.")
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._session = requests.Session()
-        served = [one["id"] for one in self._ask("GET", "models")["data"]]
-        if model not in served and len(served) != 1:
-            raise ServerError(f"{url} serves {', '.join(served)}, not {model}. Name one of them: --model.")
-        self._served = model if model in served else served[0]
+        self._server = Server(url, model)
         self.name = model
         self.tokenizer = AutoTokenizer.from_pretrained(POCKET_DIR if model == "pocket" else model)
         self.device = torch.device("cpu")
@@ -73,11 +63,17 @@ class ServerLM:
 
     def close(self) -> None:
         """Let go of the connections."""
-        self._session.close()
+        self._server.close()
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says of the model; a server does not tell more."""
-        about = {"name": self.name, "fingerprint": None, "dtype": None, "parameters": None, "server": self._served}
+        about = {
+            "name": self.name,
+            "fingerprint": None,
+            "dtype": None,
+            "parameters": None,
+            "server": self._server.served,
+        }
         return {"model": about, "layers": [], "top_k": []}
 
     def apply_chat_template(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -153,16 +149,7 @@ class ServerLM:
             return found
 
     def _complete(self, prompt: list[int], **options: Any) -> Mapping[str, Any]:
-        body = {"model": self._served, "prompt": prompt, "seed": self._question.seed, **options, **self._extra}
-        choice: Mapping[str, Any] = self._ask("POST", "completions", body)["choices"][0]
+        own = {"model": self._server.served, "prompt": prompt, "seed": self._question.seed}
+        found = self._server.ask("POST", "completions", {**own, **options, **self._extra})
+        choice: Mapping[str, Any] = found["choices"][0]
         return choice
-
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        try:
-            response = self._session.request(method, f"{self._url}/{path}", json=body, timeout=PATIENCE)
-        except requests.RequestException as error:
-            raise ServerError(f"{self._url} does not answer: {error}. Is the server running?") from None
-        if not response.ok:
-            raise ServerError(f"{self._url}/{path} says {response.status_code}: {response.text[:500]}")
-        found: dict[str, Any] = response.json()
-        return found
