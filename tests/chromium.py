@@ -94,8 +94,9 @@ class Page:
             case "Runtime.consoleAPICalled":
                 self.complaints.append(json.dumps(parameters["args"]))
             case "Log.entryAdded":
-                if "willReadFrequently" not in parameters["entry"]["text"]:  # said of the tests' own reading of pixels
-                    self.complaints.append(parameters["entry"]["text"])
+                text = parameters["entry"]["text"]
+                if "willReadFrequently" not in text:  # that is said of the tests' own reading of pixels
+                    self.complaints.append(text)
             case "Network.requestWillBeSent":
                 self.asked.append(parameters["request"]["url"])
         return message
