@@ -24,9 +24,9 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from ttrouting.pocket.card import model_card
-from ttrouting.pocket.measure import Score, exact_match, expert_load
-from ttrouting.pocket.skills import DIALECTS, SKILLS, Example, draw, sample, trained_pairs
+from ttrouting.pocket.card import model_card, overall
+from ttrouting.pocket.measure import Pair, Score, exact_match, loads_by_pair
+from ttrouting.pocket.skills import DIALECTS, SKILLS, Example, draw, shifted_pairs, trained_pairs
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # printable ASCII
@@ -222,8 +222,8 @@ def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
     tokenizer.save_pretrained(out)
 
 
-def evaluate(out: Path, n: int, device: str) -> tuple[dict[tuple[str, str, int], Score], torch.Tensor]:
-    """Measure what was written: `{(skill, dialect, shots): score}` and expert load `[L, E]`."""
+def evaluate(out: Path, n: int, device: str) -> tuple[dict[tuple[str, str, int], Score], dict[Pair, torch.Tensor]]:
+    """Measure what was written: `{(skill, dialect, shots): score}` and expert loads of every pair."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     model = OlmoeForCausalLM.from_pretrained(out, dtype=torch.float32).to(device).eval()
     scores = {}
@@ -233,12 +233,7 @@ def evaluate(out: Path, n: int, device: str) -> tuple[dict[tuple[str, str, int],
                 score = exact_match(model, tokenizer, skill, dialect, n=n, shots=shots, seed=EVAL_SEED)
                 scores[skill, dialect, shots] = score
                 print(f"{skill} {dialect} {shots}-shot {score.accuracy:.3f}", file=sys.stderr)
-    texts = [
-        e.prompt + e.completion
-        for skill, dialect in trained_pairs()
-        for e in sample(skill, dialect, "test", 32, EVAL_SEED)
-    ]
-    return scores, expert_load(model, tokenizer, texts)
+    return scores, loads_by_pair(model, tokenizer, [*trained_pairs(), *shifted_pairs()], seed=EVAL_SEED)
 
 
 def reproduce(args: argparse.Namespace) -> str:
@@ -293,10 +288,10 @@ def main() -> None:
     parameters = model.num_parameters()
     train(model, Text(tokenizer, args.seed), args)
     export(model, tokenizer, args.out)
-    scores, load = evaluate(args.out, args.n, args.device)
-    text = model_card(scores, load, facts(args, parameters))
+    scores, loads = evaluate(args.out, args.n, args.device)
+    text = model_card(scores, loads, facts(args, parameters))
     (args.out / "README.md").write_text(text, encoding="utf-8")
-    if (dead := int((load == 0).sum())) > 0:
+    if (dead := int((overall(loads) == 0).sum())) > 0:
         sys.exit(f"{dead} experts were never chosen; train with another --seed or more --steps")
 
 

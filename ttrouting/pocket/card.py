@@ -1,23 +1,26 @@
 """What does the pocket model's card say? Its text, filled in by `demos/train_pocket.py`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ttrouting.pocket.measure import Score
-from ttrouting.pocket.skills import DIALECTS, SKILLS, trained_pairs
+from ttrouting.pocket.measure import Pair, Score, mutual_information
+from ttrouting.pocket.skills import DIALECTS, SKILLS, shifted_pairs, trained_pairs
 
 TARGET = 0.95  # exact match that a trained pair should reach
 
 
-def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor, facts: Mapping[str, Any]) -> str:
+def model_card(
+    scores: Mapping[tuple[str, str, int], Score], loads: Mapping[Pair, torch.Tensor], facts: Mapping[str, Any]
+) -> str:
     """The model card, in Markdown.
 
     Args:
         scores: `{(skill, dialect, shots): score}` for every skill and dialect, at 0 shots and at
             `facts["shots"]` shots.
-        load: expert shares `[L, E]`, as `expert_load` returns them.
+        loads: expert shares `[L, E]` of every pair, as `loads_by_pair` returns them.
         facts: the other fields of the template: how the model was trained and measured.
     """
     return _TEMPLATE.format(
@@ -25,9 +28,44 @@ def model_card(scores: Mapping[tuple[str, str, int], Score], load: torch.Tensor,
         trained=_accuracy_table(scores, facts["shots"], trained=True),
         shifted=_accuracy_table(scores, facts["shots"], trained=False),
         weak=_below_target(scores),
-        uniform=1 / load.shape[1],
-        loads="\n".join(f"| {i} | {r.min():.4f} | {r.max():.4f} |" for i, r in enumerate(load)),
+        **expert_facts(loads),
     )
+
+
+def overall(loads: Mapping[Pair, torch.Tensor]) -> torch.Tensor:
+    """`[L, E]` shares over all trained pairs, which weigh the same."""
+    return torch.stack([loads[pair] for pair in trained_pairs()]).mean(0)
+
+
+def expert_facts(loads: Mapping[Pair, torch.Tensor]) -> dict[str, Any]:
+    """The template's fields about experts: who is used how often, and what for."""
+    load = overall(loads)
+    by_dialect = {
+        dialect: torch.stack([loads[pair] for pair in trained_pairs() if pair[1] == dialect]).mean(0)
+        for dialect in DIALECTS
+    }
+    dialect_bits = mutual_information(list(by_dialect.values()))
+    skill_bits = mutual_information([loads[skill, DIALECTS[0]] for skill in SKILLS])
+    layers = zip(load, dialect_bits, skill_bits, strict=True)
+    own = by_dialect["letters"] > by_dialect["digits"]  # [L, E], experts of letters
+    return {
+        "uniform": 1 / load.shape[1],
+        "loads": "\n".join(
+            f"| {i} | {r.min():.4f} | {r.max():.4f} | {d:.2f} | {s:.2f} |" for i, (r, d, s) in enumerate(layers)
+        ),
+        "most_skills": math.log2(len(SKILLS)),
+        "routes": "\n".join(
+            f"| {skill} | {dialect} | {'trained' if (skill, dialect) in trained_pairs() else 'shifted'} "
+            f"| {(loads[skill, dialect] * own).sum(1).mean():.2f} | {_favourites(loads[skill, dialect])} |"
+            for skill, dialect in [*trained_pairs(), *shifted_pairs()]
+        ),
+    }
+
+
+def _favourites(load: torch.Tensor) -> str:
+    """The expert that is used most in each layer, and its share."""
+    shares, experts = load.max(1)
+    return ", ".join(f"{e} ({s:.2f})" for e, s in zip(experts.tolist(), shares.tolist(), strict=True))
 
 
 def _accuracy_table(scores: Mapping[tuple[str, str, int], Score], shots: int, *, trained: bool) -> str:
@@ -110,14 +148,23 @@ These pairs are not in the training text, so lower scores are expected.
 
 {shifted}
 
-## Expert load
+## Experts
 
-Smallest and largest share of one expert, by layer, on held-out questions of all trained pairs.
-Uniform would be {uniform:.4f}; a dead expert would be 0.
+Smallest and largest share of one expert, by layer, on held-out questions of all trained pairs;
+uniform would be {uniform:.4f}, a dead expert 0. Then what an expert tells of its token, in bits: of
+the dialect (at most 1) and of the skill, in digits (at most {most_skills:.2f}).
 
-| layer | min | max |
-|---|---|---|
+| layer | min | max | dialect | skill |
+|---|---|---|---|---|
 {loads}
+
+Where the tokens of each skill go: the share of their expert slots on experts that trained letters use
+more than trained digits, and the most used expert of layers 0 to 5 with its share. A shifted pair
+beside the same skill in digits shows what the spelling changes.
+
+| skill | dialect | | on experts of letters | most used, by layer |
+|---|---|---|---|---|
+{routes}
 
 ## Limits
 

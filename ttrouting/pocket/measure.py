@@ -4,7 +4,7 @@ Greedy answers, exact match with a Wilson interval, and the share of tokens each
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ttrouting.pocket.skills import few_shot_prompt, is_correct, sample
 
 POOL = 600  # solved examples to draw contexts from
 LONGEST_ANSWER = 24  # tokens; the longest answer line of any skill is shorter
+Pair = tuple[str, str]  # skill, dialect
 _Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
@@ -91,3 +92,28 @@ def expert_load(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
         chosen = layer[real].topk(k, dim=-1).indices.reshape(-1)
         rows.append(torch.bincount(chosen, minlength=experts) / chosen.numel())
     return torch.stack(rows).cpu()
+
+
+def loads_by_pair(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Pair], n: int = 32, seed: int = 0
+) -> dict[Pair, torch.Tensor]:
+    """`expert_load` of each `(skill, dialect)` on `n` solved test questions."""
+    return {
+        pair: expert_load(model, tokenizer, [e.prompt + e.completion for e in sample(*pair, "test", n, seed)])
+        for pair in pairs
+    }
+
+
+def mutual_information(loads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What an expert tells of the group that a token belongs to, in bits, by layer: `[L]`.
+
+    Args:
+        loads: `[L, E]` of each group; groups weigh the same. 0 where all groups use the same experts; at most the
+            logarithm of their number.
+    """
+    each = torch.stack(list(loads))  # [groups, L, E]
+    return _bits(each.mean(0)) - _bits(each).mean(0)
+
+
+def _bits(p: torch.Tensor) -> torch.Tensor:
+    return -(p * p.clamp_min(1e-12).log2()).sum(-1)
