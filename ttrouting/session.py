@@ -372,8 +372,10 @@ class Session:
         self._over = self._over.repeat_interleave(repeats)
         self._live = self._live.repeat_interleave(repeats)
         self._position = self._position.repeat_interleave(repeats)
-        for run in (*self.runs, *([] if self.decoding is None else [self.decoding])):
+        for run in self.runs:
             run.expand(repeats)
+        if self.decoding is not None:
+            self.decoding.expand(repeats)
 
     @property
     def decides(self) -> bool:
