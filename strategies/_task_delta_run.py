@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ttrouting.clock import Clock
 from ttrouting.context import Context
-from ttrouting.errors import UnsupportedCallError
 from ttrouting.objective import divergence
 from ttrouting.opening import Opening
 from ttrouting.pathways import recording
@@ -31,7 +30,7 @@ from ttrouting.strategies._task_votes import (
     mean_deltas,
     question_starts,
 )
-from ttrouting.strategy import RoutingRun, finite
+from ttrouting.strategy import RoutingRun, restored_delta
 from ttrouting.summary import RoutingSummary, changes, summarise
 
 if TYPE_CHECKING:
@@ -103,16 +102,7 @@ class TaskDeltaRun(RoutingRun):
         self.facts = [dict(facts) for facts in self.facts for _ in range(repeats)]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        if "delta" not in state:
-            return
-        delta = state["delta"]
-        if delta.shape != self.delta.shape:
-            raise UnsupportedCallError(
-                f"This state's deltas have shape {tuple(delta.shape)}, the call needs {tuple(self.delta.shape)} "
-                "(sequences, layers, experts). Start without state."
-            )
-        finite(self.strategy.name, "state", delta)
-        self.delta = delta.to(self.delta)
+        self.delta = restored_delta(self.strategy.name, state, self.delta)
 
     def state(self) -> dict[str, Tensor]:
         return {"delta": self.delta.clone()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttrouting.context import Context
 from ttrouting.descent import OPTIMIZERS, descend
-from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModelError
+from ttrouting.errors import ConfigError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
 from ttrouting.head import check_head
 from ttrouting.layers import LayerRule
@@ -25,7 +25,7 @@ from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
 from ttrouting.spans import check_loss_on, narrow_targets
-from ttrouting.strategy import RoutingRun, RoutingStrategy, finite, in_range, one_of, overrides
+from ttrouting.strategy import RoutingRun, RoutingStrategy, in_range, one_of, overrides, restored_delta
 from ttrouting.summary import RoutingSummary, changes, summarise
 from ttrouting.tail import Tail
 from ttrouting.target import Target
@@ -176,16 +176,7 @@ class ReroutingRun(RoutingRun):
         self.history = [[dict(h) for h in past] for past in self.history for _ in range(repeats)]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        if "delta" not in state:
-            return
-        delta = state["delta"]
-        if delta.shape != self.delta.shape:
-            raise UnsupportedCallError(
-                f"This state's delta has shape {tuple(delta.shape)}, the call needs {tuple(self.delta.shape)} "
-                "(sequences, layers, experts). Start without state."
-            )
-        finite(self.strategy.name, "state", delta)
-        self.delta = delta.to(self.delta)
+        self.delta = restored_delta(self.strategy.name, state, self.delta)
 
     def state(self) -> dict[str, Tensor]:
         return {"delta": self.delta.clone()}

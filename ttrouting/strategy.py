@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ttrouting.errors import ConfigError, UnsupportedModelError, did_you_mean
+from ttrouting.errors import ConfigError, UnsupportedCallError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
     from ttrouting.context import Context
@@ -261,6 +261,22 @@ def finite(strategy: str, option: str, tensor: Tensor) -> None:
             f"{strategy}.{option} holds {bad} values that are NaN or infinite out of {tensor.numel()}. "
             "Check how the tensor was made."
         )
+
+
+def restored_delta(strategy: str, state: Mapping[str, Tensor], now: Tensor) -> Tensor:
+    """The delta `[B, L, E]` that an earlier call learned, in place of `now`; `now` itself where the state has none.
+
+    Raises:
+        UnsupportedCallError: it has another shape. ConfigError: it holds NaN or infinity.
+    """
+    delta = state.get("delta", now)
+    if delta.shape != now.shape:
+        raise UnsupportedCallError(
+            f"This state's delta has shape {tuple(delta.shape)}, the call needs {tuple(now.shape)} "
+            "(sequences, layers, experts). Start without state."
+        )
+    finite(strategy, "state", delta)
+    return delta.to(now)
 
 
 def same_model(strategy: Strategy, made_for: str | None, target: Target) -> None:
