@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import log
-from typing import Any, ClassVar
+from math import comb, log
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from ttrouting.target import Target
 # Below the mask a token keeps its strong logit, this much lower: probability 0 in fp32 beside any token
 # above the mask, yet in the strong order if a processor bans all of those.
 BELOW = 1000.0
+LUCK = 0.05  # a trial on the prompt must be less likely than this by chance
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class SCMoE(DecodingStrategy):
     The weak stream has its own KV cache, prompt included. The end of a sequence is never banned.
 
     With `no_harm` the prompt is read once before it is answered, and its own tokens are predicted with and without
-    contrast. Where contrast does not turn more of the `judge_on` tokens right than wrong, or there are under 16 of
-    them, the sequence is decoded without it; and step by step beta is halved where the distribution moves too far.
+    contrast. Unless contrast turns so many more of the `judge_on` tokens right than wrong that a sign test has
+    p < 0.05, or where there are under 16 of them, the sequence is decoded without it; and step by step beta is halved
+    where the distribution moves too far.
 
     Args:
         alpha: plausibility threshold in (0, 1].
@@ -136,6 +138,32 @@ class SCMoE(DecodingStrategy):
         return SCMoERun(self, session)
 
 
+class Trial(NamedTuple):
+    """Contrast on a prompt's own tokens: how many were looked at, how many it turned right, how many wrong."""
+
+    tokens: int
+    won: int
+    lost: int
+
+    @property
+    def p_value(self) -> float:
+        """Of the one-sided sign test: so many won, or more, of those that changed, by chance."""
+        changed = self.won + self.lost
+        return sum(comb(changed, k) for k in range(self.won, changed + 1)) / 2**changed
+
+    @property
+    def passed(self) -> bool:
+        """Whether contrast may be used."""
+        return self.tokens >= MIN_LOSS_TOKENS and self.p_value < LUCK
+
+    @property
+    def words(self) -> str:
+        """Why it may not."""
+        if self.tokens < MIN_LOSS_TOKENS:
+            return f"skipped: {self.tokens} tokens to judge by, {MIN_LOSS_TOKENS} are needed"
+        return f"rolled back: on the prompt {self.won} tokens right for {self.lost} wrong, p = {self.p_value:.2g}"
+
+
 def contrast(strong: Tensor, weak: Tensor, alpha: float, beta: float | Tensor, mask: bool = True) -> Tensor:
     """The contrasted logits `[..., V]` by the paper's formula, -inf below the threshold.
 
@@ -190,17 +218,10 @@ class SCMoERun(DecodingRun):
         self.weak = WeakRouting.parse(strategy.weak)
         self.steps: Tensor | None = None  # [B] decoding steps of live sequences
         self.limited: Tensor | None = None  # [B] of these, with beta reduced
-        self.trial: tuple[Tensor, Tensor, Tensor] | None = None  # [B] tokens looked at, turned right, turned wrong
+        self.trials: list[Trial] | None = None  # of each sequence; None: nothing was tried, and all are contrasted
+        self.on: Tensor | None = None  # [B] bool, sequences that are contrasted; None: all
 
     # --- life --------------------------------------------------------------------------------------
-
-    @property
-    def on(self) -> Tensor | None:
-        """`[B]` bool, sequences that are contrasted; None: all."""
-        if self.trial is None:
-            return None
-        looked, won, lost = self.trial
-        return (looked >= MIN_LOSS_TOKENS) & (won > lost)
 
     def prepare(self, context: Context) -> None:
         """With `no_harm`: does contrast predict the prompt's own tokens better?"""
@@ -220,12 +241,14 @@ class SCMoERun(DecodingRun):
                 labels, counts = context.ids[:, columns], targets[:, columns]
                 won += ((mixed == labels) & (strong != labels) & counts).sum(1)
                 lost += ((mixed != labels) & (strong == labels) & counts).sum(1)
-        self.trial = targets.sum(1), won, lost
+        counts = torch.stack([targets.sum(1), won, lost], 1)  # [B, 3]
+        self.trials = [Trial(*one) for one in counts.tolist()]
+        self.on = torch.tensor([trial.passed for trial in self.trials], device=targets.device)
 
     def expand(self, repeats: int) -> None:
-        if self.trial is not None:
-            looked, won, lost = (t.repeat_interleave(repeats) for t in self.trial)
-            self.trial = looked, won, lost
+        if self.trials is not None and self.on is not None:
+            self.trials = [trial for trial in self.trials for _ in range(repeats)]
+            self.on = self.on.repeat_interleave(repeats)
 
     # --- routing -----------------------------------------------------------------------------------
 
@@ -318,13 +341,11 @@ class SCMoERun(DecodingRun):
 
     def report(self, sequence: int) -> dict[str, Any]:
         facts: dict[str, Any] = {"outcome": "applied", "streams": self.strategy.streams}
-        if self.trial is not None:
-            looked, won, lost = (int(t[sequence]) for t in self.trial)
-            facts |= {"judged_tokens": looked, "turned_right": won, "turned_wrong": lost}
-            if looked < MIN_LOSS_TOKENS:
-                return {**facts, "outcome": f"skipped: {looked} tokens to judge by, {MIN_LOSS_TOKENS} are needed"}
-            if won <= lost:
-                return {**facts, "outcome": f"rolled back: on the prompt {won} tokens right for {lost} wrong"}
+        if self.trials is not None:
+            trial = self.trials[sequence]
+            facts |= {"judged_tokens": trial.tokens, "turned_right": trial.won, "turned_wrong": trial.lost}
+            if not trial.passed:
+                return {**facts, "outcome": trial.words}
         if self.steps is not None and self.limited is not None:
             steps, limited = int(self.steps[sequence]), int(self.limited[sequence])
             facts |= {"steps": steps, "limited_steps": limited}

@@ -264,7 +264,7 @@ def test_no_harm_contrasts_where_it_predicts_the_prompt_better(olmoe):
             expected = plain_decode(olmoe, ids, 8, rank_rule(2), beta=0.9) if helps else None
             if expected is None:
                 expected = olmoe.generate(ids, **options)
-                assert facts["outcome"] == f"rolled back: on the prompt {won} tokens right for {lost} wrong"
+                assert facts["outcome"].startswith(f"rolled back: on the prompt {won} tokens right for {lost} wrong")
             assert torch.equal(out, expected)
         alone = torch.cat([adapted.generate(input_ids=one, **options) for one in (written, plain)])
         options["attention_mask"] = torch.ones(2, plain.shape[1], dtype=torch.int64)
@@ -290,6 +290,26 @@ def test_a_sequence_that_is_rolled_back_keeps_its_strong_logits_to_the_bit(olmoe
     plain = logits(olmoe)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kept, plain, strict=True))  # two rows beside one
     assert not all(torch.equal(a, b) for a, b in zip(moved, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("trial", "p", "passed"),
+    [
+        # by hand: halves to the power of those that changed, times the ways to lose no more
+        ((40, 5, 0), 1 / 32, True),
+        ((40, 4, 0), 1 / 16, False),
+        ((40, 7, 1), (1 + 8) / 256, True),
+        ((40, 6, 1), (1 + 7) / 128, False),
+        ((40, 0, 0), 1.0, False),
+        ((40, 2, 3), (10 + 10 + 5 + 1) / 32, False),
+        ((15, 9, 0), 1 / 512, False),
+    ],
+)
+def test_a_trial_is_a_sign_test(trial, p, passed):
+    from ttrouting.strategies.scmoe import Trial
+
+    assert Trial(*trial).p_value == pytest.approx(p)
+    assert Trial(*trial).passed == passed
 
 
 def test_judge_on_names_the_tokens(olmoe):
