@@ -63,7 +63,7 @@ EXAMPLES = {
         kl_limit=2.0,
         labels=(" 1\n", " 2\n"),
     ),
-    "scmoe": lambda: ttr.SCMoE(alpha=0.3, beta=0.7, weak="random", kl_limit=1.0, seed=3),
+    "scmoe": lambda: ttr.SCMoE(alpha=0.3, beta=0.7, weak="random", kl_limit=1.0, judge_on=r"A:(.*)", seed=3),
     "dynamic_k": lambda: ttr.DynamicK(
         rule="sensitivity",
         p=0.9,
@@ -184,7 +184,7 @@ def test_what_is_no_artefact_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("what", [None, [], "scmoe", ["scmoe"], ttr.SCMoE, {"delta": 1}], ids=repr)
 def test_what_cannot_be_saved(tmp_path, what):
-    with pytest.raises(ttr.ConfigError, match="strategies or an adapted model's state"):
+    with pytest.raises(ttr.ConfigError, match="strategies, an adapted model's state or a trace"):
         ttr.save(tmp_path / "x", what)
     assert not (tmp_path / "x").exists()
 

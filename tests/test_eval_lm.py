@@ -147,7 +147,7 @@ def test_scmoe_limits_beta_where_a_token_is_scored(model, tokenizer, requests):
         raise AssertionError
 
     lm = AdaptedLM(model, tokenizer=tokenizer, batch_size=8)
-    lm.use([ttr.SCMoE(beta=0.9, kl_limit=limit)])
+    lm.use([ttr.SCMoE(beta=0.9, kl_limit=limit, judge_on=None)])
     check(lm.loglikelihood(requests), requests, tokenizer, lambda _: after)
     report = lm.adapted.report.sequences[-1].strategies["scmoe"]
     assert 0 < report["limited_steps"] <= report["steps"]

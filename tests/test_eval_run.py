@@ -224,7 +224,7 @@ def test_costs_of_generation(model, tokenizer, tmp_path):
     model.generation_config.eos_token_id = None
     tasks = {"texts": toy_tasks.texts([{"q": "abc def ghi jkl mno pqr " + c, "a": "x"} for c in "stuv"])}
     tasks["texts"].config.generation_kwargs["until"] = ["~~"]
-    evaluate(tmp_path, model, tokenizer, tasks, [ttr.SCMoE()], [ttr.DynamicK(p=0.5)], batch_size=2)
+    evaluate(tmp_path, model, tokenizer, tasks, [ttr.SCMoE(judge_on=None)], [ttr.DynamicK(p=0.5)], batch_size=2)
     shape = Shape.of(model, ttr.find_sites(model))
     tokens, new = 25, 8
     plain = 2 * shape.forward(tokens + new - 1, new)
