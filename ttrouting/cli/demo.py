@@ -29,7 +29,7 @@ ON_EXAMPLES = ("rerouting", "scmoe", "dynamic_k")
 SETS: tuple[tuple[str, str, int, int, tuple[str, ...]], ...] = (
     ("reverse", "letters", 40, SHOTS, ON_EXAMPLES),
     ("add", "letters", 20, SHOTS, ON_EXAMPLES),
-    ("reverse", "letters", 40, 0, ("c3po",)),
+    ("reverse", "letters", 40, 0, ("c3po", "task_delta")),
 )
 # What each way of answering runs under, as strategy names and options.
 WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
@@ -44,6 +44,8 @@ WAYS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "dynamic_k": (("dynamic_k", {"p": 0.5}),),
     # without solved examples, from those of the shipped reference set
     "c3po": (("c3po", {"scope": "all", "layers": "all", "core_experts": 1.0, "k": 8, "use": "all"}),),
+    # the same, learned beforehand
+    "task_delta": (("task_delta", {}),),
 }
 
 
@@ -71,7 +73,7 @@ def command(
     sets = [one for one in SETS if "c3po" not in one[-1] or model == POCKET]
     if len(sets) < len(SETS):
         output.note(
-            "Without C3PO: the shipped reference set is the pocket model's. Build one: ttrouting refset build."
+            "Without C3PO and TaskDelta: the shipped reference set is the pocket model's. Build one: ttrouting refset build."
         )
     results: list[tuple[QuestionSet, dict[str, Answers]]] = []
     with few_threads(loaded):
