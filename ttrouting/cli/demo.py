@@ -73,7 +73,8 @@ def command(
     sets = [one for one in SETS if "c3po" not in one[-1] or model == POCKET]
     if len(sets) < len(SETS):
         output.note(
-            "Without C3PO and TaskDelta: the shipped reference set is the pocket model's. Build one: ttrouting refset build."
+            "Without C3PO and TaskDelta: the shipped reference set is the pocket model's. Build one: "
+            "ttrouting refset build."
         )
     results: list[tuple[QuestionSet, dict[str, Answers]]] = []
     with few_threads(loaded):
