@@ -48,7 +48,7 @@ def test_one_message_and_its_json():
     found = json.loads(done.stdout)
     (turn,) = found["answers"]
     assert (turn["message"], turn["answer"], turn["ended"]) == ("12+30", "42", "end")
-    assert turn["report"]["sequences"][0]["strategies"]["scmoe"]["outcome"] == "applied"
+    assert turn["report"]["sequences"][0]["strategies"]["scmoe"]["outcome"].startswith("skipped: ")  # too short
     assert found["strategies"] == [ttr.SCMoE().to_dict()]
     assert "experts/token" in done.stderr
 
