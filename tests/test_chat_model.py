@@ -238,6 +238,7 @@ def test_diff_marks_what_the_strategy_changed(tiny, capsys):
     chat.handle("hello")
     base = chat.turns[0].answer
     chat.handle("/set scmoe.alpha 0.0001")
+    chat.handle("/set scmoe.judge_on none")  # the message is too short to try contrast on
     chat.handle("/on scmoe")
     capsys.readouterr()
     found = chat.compare()

@@ -153,7 +153,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(folder, tmp_path):
     terminal.keys(f"/save {tmp_path}/talk.json\r")
     terminal.until(r"Written to[\s\S]*?\| 2 turns")
     terminal.keys("\x03")
-    terminal.until("Ctrl-C again leaves")
+    terminal.until(r"Ctrl-C again leaves[\s\S]*?\| 2 turns")  # the prompt is there again
     terminal.keys("\x03")
     assert terminal.code() == 0
     assert "Traceback" not in terminal.raw

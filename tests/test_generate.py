@@ -100,7 +100,7 @@ def test_strategies_may_be_one_name_or_one_instance(olmoe):
 
 
 def test_the_report_prints_and_is_ready_for_json(olmoe, prompts):
-    with ttr.adapt(olmoe, [ttr.Rerouting(), ttr.DynamicK(p=0.6), ttr.SCMoE()]) as adapted:
+    with ttr.adapt(olmoe, [ttr.Rerouting(), ttr.DynamicK(p=0.6), ttr.SCMoE(judge_on=None)]) as adapted:
         assert str(adapted.report) == "No adapted call yet."
         adapted.generate(prompts(30, 20), max_new_tokens=5, do_sample=False)
         report = adapted.report
@@ -410,7 +410,7 @@ def test_scores_are_one_row_a_sequence_and_follow_the_formula(olmoe64, prompts, 
 
 
 def test_steps_are_counted_once_for_each_new_token(olmoe, prompts):
-    strategies = [ttr.Rerouting(interval=3, layers="all"), ttr.SCMoE()]
+    strategies = [ttr.Rerouting(interval=3, layers="all"), ttr.SCMoE(judge_on=None)]
     for options in ({}, {"prefill_chunk_size": 6}, {"use_cache": False}):
         with ttr.adapt(olmoe, strategies) as adapted:
             adapted.generate(prompts(30), max_new_tokens=10, do_sample=False, **options)
@@ -425,7 +425,7 @@ def test_where_a_processor_bans_all_plausible_tokens_the_strong_order_decides(ol
         plausible = (strong[0].softmax(-1) >= 0.1 * strong[0].softmax(-1).max()).sum()
         allowed = order[int(plausible) :][::-1]  # everything that the contrast masks, worst first
         assert len(allowed) > 10
-        with ttr.adapt(olmoe64, ttr.SCMoE()) as adapted:
+        with ttr.adapt(olmoe64, ttr.SCMoE(judge_on=None)) as adapted:
             out = adapted.generate(
                 ids,
                 max_new_tokens=1,
@@ -449,7 +449,7 @@ def test_where_a_processor_bans_all_plausible_tokens_the_strong_order_decides(ol
 
 def test_a_sequence_ends_at_eos_and_its_count_stops(olmoe, prompts):
     ids = prompts(20, 20)
-    with ttr.adapt(olmoe, ttr.SCMoE(), no_harm=True) as adapted:
+    with ttr.adapt(olmoe, ttr.SCMoE(judge_on=None), no_harm=True) as adapted:
         free = adapted.generate(ids, max_new_tokens=10, do_sample=False)
         eos = int(free[0, 23])  # the fourth new token of the first sequence
         out = adapted.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=eos, pad_token_id=0)
