@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ttrouting.pathways import encode, read_prompts
-from ttrouting.refsets.records import Record
+from ttrouting.refsets.records import Record, others_than
 from ttrouting.refsets.reference_set import ReferenceSet
 from ttrouting.sites import text_config
 from ttrouting.spans import last_match, tokens_from
@@ -53,10 +53,10 @@ def least_similarity(
 
 def _in_company(target: Target, records: Sequence[Record], number: int, draw: random.Random) -> list[int]:
     """Token ids of a reference's prompt after other solved references, fewer where the context is short."""
-    others = [(number + 1 + i) % len(records) for i in draw.sample(range(len(records) - 1), OTHERS)]
+    others = others_than(number, len(records), OTHERS, draw)
     limit = getattr(text_config(target.model.config), "max_position_embeddings", None)
     while True:
-        front = "".join(records[i].prompt + records[i].answer for i in others)
+        front = "".join(records[i].solved for i in others)
         (ids,), _ = encode(target.tokenizer, [front + records[number].prompt], [""])
         if limit is None or len(ids) <= limit or not others:
             return ids

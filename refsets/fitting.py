@@ -24,7 +24,7 @@ from ttrouting.errors import ArtefactError, ConfigError
 from ttrouting.evaluation.statistics import ALPHA, sign_flip_p
 from ttrouting.refsets.builder import made
 from ttrouting.refsets.familiar import least_similarity
-from ttrouting.refsets.records import Record
+from ttrouting.refsets.records import Record, others_than
 from ttrouting.refsets.reference_set import ReferenceSet
 from ttrouting.refsets.task_deltas import TaskDeltas, TaskFit, write_task_deltas
 from ttrouting.shared_fit import Part, fit_shared_delta, shared_rule
@@ -181,7 +181,6 @@ def _pairs(records: Sequence[Record], shots: int, seed: int) -> list[tuple[str, 
     for number, record in enumerate(records):
         front = ""
         if shots and number % 2:
-            others = [(number + 1 + i) % len(records) for i in draw.sample(range(len(records) - 1), shots)]
-            front = "".join(records[i].prompt + records[i].answer for i in others)
+            front = "".join(records[i].solved for i in others_than(number, len(records), shots, draw))
         pairs.append((front + record.prompt, record.answer))
     return pairs

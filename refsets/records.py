@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from dataclasses import asdict, dataclass
 
 from ttrouting.errors import ArtefactError
@@ -24,6 +25,11 @@ class Record:
     task: str
     correct: bool
 
+    @property
+    def solved(self) -> str:
+        """The question with its answer, to stand before another one."""
+        return self.prompt + self.answer
+
     def line(self) -> bytes:
         """The record as a line of JSON."""
         return (json.dumps(asdict(self), ensure_ascii=False) + "\n").encode()
@@ -43,6 +49,11 @@ class Record:
         if not isinstance(fields, dict) or {k: type(v) for k, v in fields.items()} != kinds:
             raise ArtefactError(f"{where} is no record with {', '.join(kinds)}. Build the set again.")
         return cls(**fields)
+
+
+def others_than(number: int, total: int, count: int, draw: random.Random) -> list[int]:
+    """`count` different numbers of records below `total`, none of them `number`."""
+    return [(number + 1 + i) % total for i in draw.sample(range(total - 1), count)]
 
 
 def pair_digest(prompt: str, answer: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import comb, log
+from math import log
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ttrouting.context import Context
 from ttrouting.errors import ConfigError, UnsupportedModelError, did_you_mean
+from ttrouting.evaluation.statistics import ALPHA, fair_coin_tail
 from ttrouting.head import CHUNK, check_head
 from ttrouting.keyed import keyed_uniform
 from ttrouting.objective import MIN_LOSS_TOKENS
@@ -30,7 +31,6 @@ from ttrouting.target import Target
 # Below the mask a token keeps its strong logit, this much lower: probability 0 in fp32 beside any token
 # above the mask, yet in the strong order if a processor bans all of those.
 BELOW = 1000.0
-LUCK = 0.05  # a trial on the prompt must be less likely than this by chance
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,13 @@ class Trial(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """Of the one-sided sign test: so many won, or more, of those that changed, by chance."""
-        changed = self.won + self.lost
-        return sum(comb(changed, k) for k in range(self.won, changed + 1)) / 2**changed
+        """Of the one-sided sign test: so few lost, or fewer, of those that changed, by chance."""
+        return fair_coin_tail(self.lost, self.won + self.lost)
 
     @property
     def passed(self) -> bool:
         """Whether contrast may be used."""
-        return self.tokens >= MIN_LOSS_TOKENS and self.p_value < LUCK
+        return self.tokens >= MIN_LOSS_TOKENS and self.p_value < ALPHA
 
     @property
     def words(self) -> str:

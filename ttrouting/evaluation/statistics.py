@@ -192,12 +192,17 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
 
 
 def _fair_coin_p(heads: int, tosses: int) -> float:
-    """Two-sided exact binomial test of a fair coin, in whole numbers."""
+    """Two-sided exact binomial test of a fair coin."""
+    return min(1.0, 2 * fair_coin_tail(min(heads, tosses - heads), tosses))
+
+
+def fair_coin_tail(most: int, tosses: int) -> float:
+    """How likely are at most so many heads of a fair coin? Exactly, in whole numbers: a one-sided sign test."""
     term, tail = 1, 0
-    for i in range(min(heads, tosses - heads) + 1):
+    for i in range(most + 1):
         tail += term
         term = term * (tosses - i) // (i + 1)
-    return min(1.0, 2 * tail / 2**tosses)
+    return tail / 2**tosses
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
