@@ -278,6 +278,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the text")
     parser.add_argument("--n", type=int, default=200, help="test questions per skill and dialect")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--card", action="store_true", help="train nothing: measure what --out holds, write its card")
     return parser.parse_args()
 
 
@@ -286,8 +287,9 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed).to(args.device)
     parameters = model.num_parameters()
-    train(model, Text(tokenizer, args.seed), args)
-    export(model, tokenizer, args.out)
+    if not args.card:
+        train(model, Text(tokenizer, args.seed), args)
+        export(model, tokenizer, args.out)
     scores, loads = evaluate(args.out, args.n, args.device)
     text = model_card(scores, loads, facts(args, parameters))
     (args.out / "README.md").write_text(text, encoding="utf-8")

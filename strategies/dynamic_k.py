@@ -37,7 +37,7 @@ class Calibration:
 
     Attributes:
         mean_k: experts per token, mean over tokens and layers; k_low: its 5th percentile over texts.
-        kl: mean KL(base || dynamic) of the token after a text, in nats; kl_high: its 95th percentile.
+        kl: mean KL(base || dynamic) of the next token, over the texts' tokens, in nats; kl_high: its 95th percentile.
         tokens: how many tokens. fingerprint: of which model.
     """
 

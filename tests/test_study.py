@@ -12,7 +12,7 @@ import ttrouting as ttr
 pytest.importorskip("lm_eval")
 
 from demos import artefacts
-from demos.study import arithmetic, collect, example, oracles, page, pictures, tables
+from demos.study import arithmetic, collect, earlier, example, oracles, page, pictures, tables
 from demos.study import run as study
 from demos.study.place import Asked, Place
 from demos.study.plan import CONTROLS, SEARCHES, SHIFTED, TRAINED, VARIANTS, WORKED, planned
@@ -339,6 +339,31 @@ def test_a_run_and_what_is_collected_of_it(tmp_path, monkeypatch, capsys):
     study.main()
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scmoe "))
     assert row.split()[-3:-1] == ["2", "2"]
+
+
+def test_what_was_kept_is_not_run_again(tmp_path, monkeypatch, capsys, results):
+    """A variant that earlier results hold is skipped and stays; one that reads another reference set is forgotten."""
+    monkeypatch.setattr(example, "LOOKED_AT", 2)
+    file, place = tmp_path / "results.json", Place(0, SEARCHES, tmp_path / "study", 4)
+    kept = {"base": "1100", "cost": cost(), "variants": {n: variant("1110") for n in ("scmoe", "task_delta")}}
+    options = {"scmoe": {"0": [ttr.SCMoE().to_dict()]}, "task_delta": {"0": [ttr.TaskDelta().to_dict()]}}
+    now = earlier.made_from(place)
+    results |= {"runs": {"0": {"add_digits": kept}}, "oracles": {}, "options": options}
+    for made_from, left in ((now, {"scmoe", "task_delta"}), ({**now, "deltas": "others"}, {"scmoe"}), ({}, None)):
+        file.write_text(json.dumps(results | {"about": results["about"] | {"made_from": made_from}}))
+        runs = earlier.earlier(place, file)["runs"]
+        assert (set(runs["0"]["add_digits"]["variants"]) if runs else None) == left
+    file.write_text(json.dumps(results | {"about": results["about"] | {"made_from": now}}))
+    flags = ["--shots", "0", "--sets", "add_digits", "--n", "4", "--out", str(place.out), "--results", str(file)]
+    monkeypatch.setattr("sys.argv", ["run", *flags, "--only", "dynamic_k,scmoe"])
+    study.main()
+    assert not (place.folder / "runs" / "scmoe").exists()
+    found = collect.collect(place.out, 4, file)
+    assert found["runs"]["0"]["add_digits"]["variants"]["scmoe"]["right"] == "1110"
+    assert set(found["runs"]["0"]["add_digits"]["variants"]) == {"scmoe", "task_delta", "dynamic_k"}
+    file.write_text("{")
+    with pytest.raises(ttr.ArtefactError, match="damaged"):
+        earlier.earlier(place, file)
 
 
 # --- artefacts -----------------------------------------------------------------------------------------------

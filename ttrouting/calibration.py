@@ -16,7 +16,7 @@ from torch import Tensor
 from ttrouting.context import Context
 from ttrouting.errors import ConfigError, UnsupportedModelError
 from ttrouting.gradients import check_gradients
-from ttrouting.objective import divergence, token_losses
+from ttrouting.objective import divergence, log_probabilities, token_losses
 from ttrouting.plan import Plan
 from ttrouting.rows import Rows
 from ttrouting.session import Session
@@ -35,6 +35,7 @@ KNOB = {
     "relative": ("beta", False),
     "sensitivity": ("threshold", False),
 }
+PLACES = 64  # tokens of a text, evenly spaced, whose next-token distributions are compared
 
 
 def calibrate(
@@ -131,14 +132,20 @@ def _measure(target: Target, contexts: list[Context], strategy: DynamicK) -> flo
 
 
 def _divergences(target: Target, contexts: list[Context], strategy: DynamicK) -> Tensor:
-    """KL(base || dynamic) of the token after each text, `[texts]`."""
+    """KL(base || dynamic) of the next token, `[texts * PLACES]` or fewer.
+
+    At tokens all over a text and not at its end alone: most texts end where nothing is left to say, and what is
+    certain there tells nothing of a prompt whose answer is open.
+    """
     found = []
     for context in contexts:
+        length = context.ids.shape[1]
+        keep = torch.linspace(0, length - 1, min(length, PLACES), device=context.ids.device).long()
         session = _session(target, context, strategy)
         with torch.no_grad(), session.installed():
-            _, thinned = token_losses(session, context)
+            thinned = log_probabilities(session.read(context, keep).logits[0], context)  # [places, V]
             with session.without(*session.runs):
-                _, base = token_losses(session, context)
+                base = log_probabilities(session.read(context, keep).logits[0], context)
         found.append(divergence(base, thinned))
     return torch.cat(found).clamp_min(0)
 

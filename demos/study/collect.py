@@ -2,7 +2,8 @@
 
     python -m demos.study.collect            of the shipped model, as far as its study has come
 
-Of each variant and set: which questions were right, as a string of 0 and 1, and what it cost. A set counts when all
+What the file holds already and still holds true stays (`earlier`). Of each variant and set: which questions were
+right, as a string of 0 and 1, and what it cost. A set counts when all
 of its questions were answered; the page says what is missing.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ttrouting as ttr
+from demos.study.earlier import RESULTS, earlier, made_from
 from demos.study.example import worked_example
 from demos.study.oracles import file_of
 from demos.study.place import OUT, Place
@@ -26,31 +28,33 @@ from ttrouting.evaluation.files import RUN, write_text
 from ttrouting.evaluation.question import BASE
 
 SCHEMA = 1
-RESULTS = Path("docs/results.json")
 DIGITS = 4  # of costs
 ABOUT = ("fingerprint", "n", "seed", "versions", "hardware", "started")
 
 
-def collect(out: Path = OUT, n: int = 500) -> dict[str, Any]:
-    """What a study has found so far.
+def collect(out: Path = OUT, n: int = 500, file: Path = RESULTS) -> dict[str, Any]:
+    """What a study has found so far, beside what `file` keeps of it.
 
     Raises:
         ArtefactError: a damaged file. ConfigError: nothing was run.
     """
     places = [Place(shots, SEARCHES, out, n) for shots in SHOTS]
-    found: dict[str, Any] = {"schema": SCHEMA, "runs": {}, "options": {}, "oracles": {}, "about": None}
+    found: dict[str, Any] = {"schema": SCHEMA, **earlier(places[0], file)}
     for place in places:
-        shots, runs = str(place.shots), {}
+        shots = str(place.shots)
+        runs: dict[str, Any] = found["runs"].setdefault(shots, {})
         for variant in VARIANTS:
             for name in variant.sets if place.shots in variant.shots else ():
                 folder = place.folder / "runs" / variant.name / name
                 if (folder / COMPARISON).exists():
                     _add(runs, found, shots, variant, name, folder)
-        found["runs"][shots] = runs = {name: _settled(one) for name, one in runs.items() if one["base"]}
+        found["runs"][shots] = {name: _settled(one) for name, one in runs.items() if one["base"]}
         files = [(name, file_of(place, name)) for name in dict.fromkeys(n for v in VARIANTS for n in v.sets)]
-        found["oracles"][shots] = {name: _oracle(file) for name, file in files if file.exists()}
+        measured = found["oracles"].setdefault(shots, {})
+        measured |= {name: _oracle(file) for name, file in files if file.exists()}
     if found["about"] is None:
         raise ttr.ConfigError(f"{places[0].home} holds no run of this model. Run one: python -m demos.study.run")
+    found["about"]["made_from"] = made_from(places[0])
     found["example"] = worked_example(places[0])
     return found
 
@@ -134,11 +138,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of all studies")
     parser.add_argument("--n", type=int, default=500, help="test questions of each set, as in the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to go on with")
     options = parser.parse_args()
     output = Output()
     with output.waiting("reading the study"):
-        found = collect(options.out, options.n)
+        found = collect(options.out, options.n, options.results)
     write_text(options.results, written(found))
     count = sum(len(one["variants"]) for sets in found["runs"].values() for one in sets.values())
     output.text(f"{options.results}: {count} comparisons, {sum(map(len, found['oracles'].values()))} oracles")

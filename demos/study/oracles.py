@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import ttrouting as ttr
+from demos.study.earlier import RESULTS, earlier
 from demos.study.place import OUT, SEED, Asked, Place
 from demos.study.plan import CONTROLS, SEARCHES, SHIFTED, SHOTS
 from demos.study.run import chosen_sets
@@ -157,11 +158,11 @@ def file_of(place: Place, name: str) -> Path:
     return place.folder / "oracles" / f"{name}.json"
 
 
-def told(found: dict[str, Any]) -> str:
+def told(name: str, shots: int, found: dict[str, Any]) -> str:
     """One line on a set."""
     words = "  ".join(f"{kind} {100 * share(one):.0f} %" for kind, one in found["right"].items())
     forced = share(found["forced"]["wrong_label"])
-    return f"{found['set']}, {found['shots']} examples: {words}  wrong answer forced {100 * forced:.0f} %"
+    return f"{name}, {shots} examples: {words}  wrong answer forced {100 * forced:.0f} %"
 
 
 def main() -> None:
@@ -175,20 +176,22 @@ def main() -> None:
         "--pairs", type=int, default=FITTED_ON, help="dev questions that a transfer delta is fitted on"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of all studies")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="results that were kept; not run again")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object on stdout")
     options = parser.parse_args()
     output, everything = Output(options.json), []
     for shots in SHOTS if options.shots is None else (options.shots,):
         place = Place(shots, SEARCHES, options.out, options.n)
+        kept = earlier(place, options.results)["oracles"].get(str(shots), {})
         for name in chosen_sets(options.sets):
             file = file_of(place, name)
-            known = json.loads(file.read_text()) if file.exists() else {}
+            known = json.loads(file.read_text()) if file.exists() else kept.get(name, {})
             if (known.get("n"), known.get("transfer_fit", {}).get("pairs")) != (options.n, options.pairs):
                 output.note(f"{name}, {shots} solved examples ...")
                 known = measure(place, name, options.pairs)
                 write_json(file, known)
-            everything.append(known)
-            output.text(told(known))
+            everything.append({"set": name, "shots": shots, **known})
+            output.text(told(name, shots, known))
     output.data({"oracles": everything})
 
 

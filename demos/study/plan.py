@@ -93,7 +93,7 @@ DYNAMIC_K = tuple(
         lambda place, _, rule=rule: (place.calibrated(rule),),
         _free(),
     )
-    for rule in ("top_p", "relative", "sensitivity", "entropy")
+    for rule in ("sensitivity", "relative", "top_p", "entropy")
 )
 
 VARIANTS: tuple[Variant, ...] = (
@@ -140,6 +140,7 @@ VARIANTS: tuple[Variant, ...] = (
         "loss on the answers of the solved examples; steps and rate by dev questions",
         recipe("rerouting_answers"),
         {6: 30},
+        sets=SOME,
         shots=(6,),
     ),
     Variant(

@@ -11,12 +11,14 @@ writes, so `ttrouting report` draws it. So a variant can be added later, and bas
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 import ttrouting as ttr
+from demos.study.earlier import RESULTS, earlier
 from demos.study.place import OUT, Place
 from demos.study.plan import SEARCHES, SHIFTED, SHOTS, TRAINED, VARIANTS, Variant, planned
 from ttrouting.cli.output import Output
@@ -50,12 +52,18 @@ def todo(place: Place, variants: Sequence[Variant], sets: Sequence[str]) -> list
     ]
 
 
-def finished(place: Place, variant: Variant, name: str) -> bool:
-    """Whether a variant was scored on a set."""
-    return (place.folder / "runs" / variant.name / name / COMPARISON).exists()
+def kept_of(kept: Mapping[str, Any], place: Place, variant: Variant, name: str) -> bool:
+    """Whether earlier results tell of a variant on a set."""
+    return variant.name in kept["runs"].get(str(place.shots), {}).get(name, {"variants": ()})["variants"]
 
 
-def overview(place: Place, variants: Sequence[Variant], sets: Sequence[str]) -> Table:
+def finished(place: Place, kept: Mapping[str, Any], variant: Variant, name: str) -> bool:
+    """Whether a variant was scored on a set: before, or in the study's folder."""
+    here = place.folder / "runs" / variant.name / name / COMPARISON
+    return kept_of(kept, place, variant, name) or here.exists()
+
+
+def overview(place: Place, kept: Mapping[str, Any], variants: Sequence[Variant], sets: Sequence[str]) -> Table:
     """What is planned, what is done, and about how long the rest takes."""
     table = Table(title=f"{place.shots} solved examples", box=None, pad_edge=False, header_style="bold")
     for column in ("variant", "options", "sets", "done", "hours left"):
@@ -63,7 +71,7 @@ def overview(place: Place, variants: Sequence[Variant], sets: Sequence[str]) -> 
     hours = 0.0
     for variant in variants:
         own = [name for one, name in todo(place, [variant], sets) if one is variant]
-        done = sum(finished(place, variant, name) for name in own)
+        done = sum(finished(place, kept, variant, name) for name in own)
         left = variant.seconds(place.shots, place.n, len(own) - done) / 3600 if own else 0.0
         hours += left
         if own:
@@ -94,16 +102,19 @@ def main() -> None:
     parser.add_argument("--dev", type=int, default=40, help="dev questions of each set that options are chosen on")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of all studies")
     parser.add_argument("--list", action="store_true", help="what is planned and done; runs nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="results that were kept; not run again")
     options = parser.parse_args()
     sets, output = chosen_sets(options.sets), Output()
     only = tuple(filter(None, options.only.split(",")))
     for shots in SHOTS if options.shots is None else (options.shots,):
         place = Place(shots, SEARCHES, options.out, options.n, options.dev, output.notes)
-        variants = planned(only, shots)
+        variants, kept = planned(only, shots), earlier(place, options.results)
         if options.list:
-            output.show(overview(place, variants, sets))
+            output.show(overview(place, kept, variants, sets))
             continue
         for variant, name in todo(place, variants, sets):
+            if kept_of(kept, place, variant, name):
+                continue
             output.note(f"{shots} solved examples, {name}: {variant.name}")
             score(place, variant, name)
 

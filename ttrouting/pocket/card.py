@@ -45,7 +45,8 @@ def expert_facts(loads: Mapping[Pair, torch.Tensor]) -> dict[str, Any]:
         for dialect in DIALECTS
     }
     dialect_bits = mutual_information(list(by_dialect.values()))
-    skill_bits = mutual_information([loads[skill, DIALECTS[0]] for skill in SKILLS])
+    in_digits = [loads[pair] for pair in trained_pairs() if pair[1] == DIALECTS[0]]
+    skill_bits = mutual_information(in_digits)
     layers = zip(load, dialect_bits, skill_bits, strict=True)
     own = by_dialect["letters"] > by_dialect["digits"]  # [L, E], experts of letters
     return {
@@ -53,7 +54,7 @@ def expert_facts(loads: Mapping[Pair, torch.Tensor]) -> dict[str, Any]:
         "loads": "\n".join(
             f"| {i} | {r.min():.4f} | {r.max():.4f} | {d:.2f} | {s:.2f} |" for i, (r, d, s) in enumerate(layers)
         ),
-        "most_skills": math.log2(len(SKILLS)),
+        "most_skills": math.log2(len(in_digits)),
         "routes": "\n".join(
             f"| {skill} | {dialect} | {'trained' if (skill, dialect) in trained_pairs() else 'shifted'} "
             f"| {(loads[skill, dialect] * own).sum(1).mean():.2f} | {_favourites(loads[skill, dialect])} |"
@@ -142,9 +143,10 @@ Trained and below 0.95 without examples: {weak}. In `lookup` a random pick among
 values scores 0.25. Six `word` examples and a question can be longer than the {long} tokens of the
 longest training row.
 
-### Shifted: skill known, letters known, never together
+### Shifted: skill known, letters known, never together or never so long
 
-These pairs are not in the training text, so lower scores are expected.
+These pairs are not in the training text, so lower scores are expected. Most are a skill of digits asked in
+letters; `minimum5`, `maximum5` and `count7` ask for lists that are longer than those of training, in either dialect.
 
 {shifted}
 
@@ -152,7 +154,7 @@ These pairs are not in the training text, so lower scores are expected.
 
 Smallest and largest share of one expert, by layer, on held-out questions of all trained pairs;
 uniform would be {uniform:.4f}, a dead expert 0. Then what an expert tells of its token, in bits: of
-the dialect (at most 1) and of the skill, in digits (at most {most_skills:.2f}).
+the dialect (at most 1) and of the trained skill, in digits (at most {most_skills:.2f}).
 
 | layer | min | max | dialect | skill |
 |---|---|---|---|---|
@@ -170,7 +172,7 @@ beside the same skill in digits shows what the spelling changes.
 
 - Numbers outside the generators' ranges, other wording and free text are out of distribution.
 - Trained on contexts of up to {long} tokens; positions up to 512 exist and were not trained.
-- `count`, `logic`, `minimum` and `maximum` have few possible answers: guessing scores above zero.
+- `count`, `logic`, `minimum`, `maximum` and their longer forms have few possible answers: guessing scores above zero.
 - The shipped weights were trained with two threads up to step {late} and with one after it, with
   pauses. Floating-point sums depend on that and on the machine: the command gives a model of this
   recipe, not these bits.

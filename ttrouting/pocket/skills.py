@@ -4,8 +4,9 @@ Every skill writes its question and answer with the digits 0-9; this is the *can
 *dialect* is a spelling of the digits: `digits` (0-9) or `letters` (a-j, so that 47 reads `eh`).
 Words and keys are uppercase, so that a lowercase letter is always a digit of the second dialect.
 
-Some skills are trained in both dialects, some in `digits` only. An untrained pair of skill and
-dialect is *shifted*: the model knows the skill and knows the letters, but never met them together.
+Some skills are trained in both dialects, some in `digits` only, and some not at all: those ask a trained
+skill for a *longer list*. An untrained pair of skill and dialect is *shifted*: the model knows the skill
+and knows the letters, but never met them together, or never met so long a list.
 
 A question's split follows from a hash of its canonical form alone, so a question that is held out
 in one dialect is held out in the other, whatever the seed.
@@ -18,6 +19,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 DIALECTS = ("digits", "letters")
 SPLITS = ("train", "dev", "test", "reference")
@@ -38,7 +40,7 @@ class Skill:
     Attributes:
         name: key in `SKILLS`.
         generate: draws one canonical `(question, answer)`.
-        trained_dialects: dialects that appear in the training text for this skill.
+        trained_dialects: dialects that appear in the training text for this skill; none for a longer list.
         weight: how often each trained dialect of the skill is drawn, relative to the other skills.
         late_weight: the same in the last third of training, which goes to what is learned slowly.
         about: one line for the model card.
@@ -112,21 +114,21 @@ def _reverse(rng: random.Random) -> tuple[str, str]:
     return f"REVERSE {' '.join(items)}", " ".join(reversed(items))
 
 
-def _count(rng: random.Random) -> tuple[str, str]:
+def _count(rng: random.Random, length: int = 6) -> tuple[str, str]:
     wanted, times = str(rng.randrange(10)), rng.randint(0, 5)
     others = [d for d in "0123456789" if d != wanted]
-    items = [wanted] * times + [rng.choice(others) for _ in range(6 - times)]
+    items = [wanted] * times + [rng.choice(others) for _ in range(length - times)]
     rng.shuffle(items)
     return f"COUNT {wanted} IN {' '.join(items)}", str(times)
 
 
-def _minimum(rng: random.Random) -> tuple[str, str]:
-    items = [rng.randint(10, 99) for _ in range(3)]
+def _minimum(rng: random.Random, length: int = 3) -> tuple[str, str]:
+    items = [rng.randint(10, 99) for _ in range(length)]
     return f"MIN {' '.join(map(str, items))}", str(min(items))
 
 
-def _maximum(rng: random.Random) -> tuple[str, str]:
-    items = [rng.randint(10, 99) for _ in range(3)]
+def _maximum(rng: random.Random, length: int = 3) -> tuple[str, str]:
+    items = [rng.randint(10, 99) for _ in range(length)]
     return f"MAX {' '.join(map(str, items))}", str(max(items))
 
 
@@ -189,7 +191,7 @@ def _digits(rng: random.Random, n: int) -> list[str]:
     return [str(rng.randrange(10)) for _ in range(n)]
 
 
-_BOTH, _ONE = DIALECTS, ("digits",)
+_BOTH, _ONE, _NONE = DIALECTS, ("digits",), ()
 
 SKILLS: dict[str, Skill] = {
     skill.name: skill
@@ -208,6 +210,9 @@ SKILLS: dict[str, Skill] = {
         Skill("units", _units, _ONE, 1.5, 0.5, "metres to centimetres, kilograms to grams"),
         Skill("lookup", _lookup, _ONE, 1.5, 3.0, "value of a key in a given table"),
         Skill("sequence", _sequence, _ONE, 2.5, 3.0, "next term of an arithmetic sequence"),
+        Skill("minimum5", partial(_minimum, length=5), _NONE, 0, 0, "smallest of five numbers"),
+        Skill("maximum5", partial(_maximum, length=5), _NONE, 0, 0, "largest of five numbers"),
+        Skill("count7", partial(_count, length=7), _NONE, 0, 0, "how often a digit is in a list of seven"),
     )
 }
 
@@ -218,7 +223,7 @@ def trained_pairs() -> list[tuple[str, str]]:
 
 
 def shifted_pairs() -> list[tuple[str, str]]:
-    """`(skill, dialect)` pairs that the model never met in training."""
+    """`(skill, dialect)` pairs that the model never met in training: another spelling, or longer lists."""
     return [(s.name, d) for s in SKILLS.values() for d in DIALECTS if d not in s.trained_dialects]
 
 
