@@ -14,7 +14,7 @@ import ttrouting as ttr
 from ttrouting.cli.paired import Paired
 from ttrouting.cli.trial import QuestionSet
 from ttrouting.pocket.measure import complete
-from ttrouting.pocket.skills import is_correct, shifted_pairs
+from ttrouting.pocket.skills import SKILLS, is_correct, shifted_pairs
 
 STRATEGY = {"steps": 10, "lr": 0.1, "layers": "all", "loss_on": r"A:(.*\n)", "interval": None}
 
@@ -33,7 +33,7 @@ def main() -> None:
     model, tokenizer = ttr.load_pocket()
     print("| in letters | six examples | with Rerouting | won, lost | p | without no-harm | won, lost | p |")
     print("|---|---|---|---|---|---|---|---|")
-    for skill, dialect in shifted_pairs():
+    for skill, dialect in ((s, d) for s, d in shifted_pairs() if SKILLS[s].trained_dialects):
         asked = QuestionSet.draw(skill, dialect, args.n, 6, args.seed)
         base = right(model, tokenizer, asked)
         cells = [skill, f"{sum(base) / args.n:.2f}"]

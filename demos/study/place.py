@@ -190,10 +190,10 @@ class Place:
         (found,) = ttr.load(folder)
         return found
 
-    def calibrated(self, rule: str, share: float = 0.73) -> Strategy:
+    def calibrated(self, rule: str, share: float = 0.6) -> Strategy:
         """Dynamic-k by a rule, with the threshold that keeps this share of experts on reference questions.
 
-        A little under three quarters: no-harm gives some prompts all their experts back.
+        Well under three quarters, which are wanted: no-harm gives the prompts that lose by it all their experts back.
         `k_min` is 1 under every rule: the floor of 2 that the entropy rule has elsewhere is all that this model has.
         """
         top_k = sum(site.top_k for site in ttr.find_sites(self.model)) / len(ttr.find_sites(self.model))

@@ -89,7 +89,7 @@ def _free(times: float = 1.2) -> dict[int, float]:
 DYNAMIC_K = tuple(
     Variant(
         f"dynamic_k_{rule}",
-        f"rule {rule}, calibrated to drop a quarter of the experts",
+        f"rule {rule}, calibrated to drop a quarter of the experts and more",
         lambda place, _, rule=rule: (place.calibrated(rule),),
         _free(),
     )
@@ -110,8 +110,8 @@ VARIANTS: tuple[Variant, ...] = (
     ),
     Variant(
         "task_delta+dynamic_k",
-        "both, dynamic-k by top-p, calibrated",
-        lambda p, n: (task_delta(), p.calibrated("top_p")),
+        "both, dynamic-k by sensitivity, calibrated",
+        lambda p, n: (task_delta(), p.calibrated("sensitivity")),
         _free(2),
         needs=("task_delta",),
     ),
