@@ -43,8 +43,9 @@ def page(results: Results, found: Mapping[int, Comparison], files: Mapping[str, 
         "# Results on the pocket model",
         f"What the strategies gain and cost on {len(SHIFTED)} sets that the pocket model was never trained on "
         f"(skills that it knows, in another spelling or with longer lists) and on {len(TRAINED)} that it was. "
-        f"{about['n']} test questions a set, greedy answers, exact match; options were chosen on dev questions, and test questions were "
-        "scored once. The model is a fixture of 4M parameters: what holds here is no claim about large models.",
+        f"{about['n']} test questions a set, greedy answers, exact match; options were chosen on dev questions, and "
+        "test questions were scored once. The model is a fixture of 4M parameters: what holds here is no claim about "
+        "large models.",
         "`python -m demos.study.page` makes this page from `results.json`; `make artefacts` makes all of it, model "
         "included. No number on this page was typed.",
         "## In short",
