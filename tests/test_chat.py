@@ -2,8 +2,13 @@
 
 import io
 import json
+import logging
 import re
+import runpy
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import ttrouting as ttr
+from ttrouting.cli import models
 from ttrouting.cli.chat import conversation
 from ttrouting.cli.chat.answers import Answer
 from ttrouting.cli.chat.commands import COMMANDS, completions
@@ -24,6 +30,8 @@ from ttrouting.cli.chat.talk import Chat
 from ttrouting.cli.chat.terminal import toolbar
 from ttrouting.cli.output import Output
 from ttrouting.report import Report, SequenceReport
+
+ROOT = Path(__file__).parent.parent
 
 
 class Parrot:
@@ -352,6 +360,31 @@ def test_the_table_of_routing_breaks_between_experts_only(width):
     shown = output.results.file.getvalue()
     assert len(re.findall(r"(?<!\S)(127:\+62|112:\+32|103:-30)(?!\S)", shown)) == 18
     assert max(cell_len(line.rstrip()) for line in shown.split("\n")) <= width
+
+
+def test_a_start_says_nothing_of_packages_that_are_only_installed(caplog):
+    chatty, level = logging.getLogger("torchao"), logging.getLogger("torchao").level
+    with models._quiet():
+        chatty.warning("a CUDA library is missing")
+        chatty.error("this matters")
+    assert [record.message for record in caplog.records] == ["this matters"]
+    assert chatty.level == level
+
+
+def test_pictures_of_the_chat_load_nothing_and_keep_styles_over_lines(tmp_path):
+    demo = runpy.run_path(str(ROOT / "demos" / "chat_pictures.py"))
+    text = "\x1b[2mdim, and\nstill dim\x1b[0m\n\x1b[7m toolbar \x1b[0m"
+    light, dark = (demo["picture"](text, 80, palette) for palette in ("light", "dark"))
+    assert light != dark
+    for svg in (light, dark):
+        assert "font-face" not in svg
+        assert "url(http" not in svg
+        styles = [re.search(rf'class="(\S+)"[^>]*>{line}<', svg)[1] for line in ("dim,&#160;and", "still&#160;dim")]
+        assert styles[0] == styles[1]
+    command = [sys.executable, str(ROOT / "demos" / "chat_pictures.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
+    assert "tmux, which is not installed here" in done.stderr
 
 
 def test_a_model_cannot_drive_the_terminal():
