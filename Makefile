@@ -56,9 +56,9 @@ lint: $(VENV)/.installed-lint $(addprefix build/mypy/ttrouting/,strategies refse
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy | sed 's#^build/mypy/ttrouting/##'
 
-# NO_MKDOCS_2_WARNING: Material prints an advertisement against another version of MkDocs.
+# Not with --quiet, under which MkDocs does not count its warnings. NO_MKDOCS_2_WARNING: an advertisement of Material.
 docs: $(VENV)/.installed-docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "The site is in build/site: open build/site/index.html"
 
 clean:
