@@ -4,6 +4,7 @@
 # make artefacts   pocket model, reference set, task deltas, study and its page, each where what it is made from changed
 #             (hours; `python -m demos.artefacts --list` tells what would run and why)
 # make lint   ruff and mypy
+# make docs   the documentation as a site, in build/site; a warning is an error
 # make clean  remove what these made, the environment included
 #
 # On Linux the index's PyTorch brings CUDA along. Without a GPU this is smaller and faster:
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm artefacts lint clean
+.PHONY: help demo test test-vllm artefacts lint docs clean
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV   ?= .venv
@@ -54,6 +55,11 @@ lint: $(VENV)/.installed-lint $(addprefix build/mypy/ttrouting/,strategies refse
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy | sed 's#^build/mypy/ttrouting/##'
+
+# Not with --quiet, under which MkDocs does not count its warnings. NO_MKDOCS_2_WARNING: an advertisement of Material.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "The site is in build/site: open build/site/index.html"
 
 clean:
 	@rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -2,8 +2,13 @@
 
 import io
 import json
+import logging
 import re
+import runpy
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +16,22 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import ttrouting as ttr
+from ttrouting.cli import models
 from ttrouting.cli.chat import conversation
 from ttrouting.cli.chat.answers import Answer
 from ttrouting.cli.chat.commands import COMMANDS, completions
 from ttrouting.cli.chat.conversation import Turn
 from ttrouting.cli.chat.interrupts import Leave
 from ttrouting.cli.chat.prompts import STOP, plain, visible
+from ttrouting.cli.chat.routing import LayerChange, RoutingChange
 from ttrouting.cli.chat.screen import Screen, Writer, footer, lines, marked, printable
 from ttrouting.cli.chat.switches import Settings, Switches, split_setting
 from ttrouting.cli.chat.talk import Chat
 from ttrouting.cli.chat.terminal import toolbar
 from ttrouting.cli.output import Output
 from ttrouting.report import Report, SequenceReport
+
+ROOT = Path(__file__).parent.parent
 
 
 class Parrot:
@@ -303,14 +312,15 @@ def test_what_was_shown_stays_the_beginning_of_the_answer():
     assert visible(text, STOP, True) == "one\n two Q: \nQ x"
 
 
-def written(pieces, width):
-    output = Output()
-    output.results.file = io.StringIO()
-    writer = Writer(output, width)
+def written(pieces, *widths):
+    """What is on the screen; each piece comes at the next of the widths, the last of which stays."""
+    file, now = io.StringIO(), list(widths)
+    writer = Writer(file, lambda: now[0])
     for piece in pieces:
         writer.feed(piece)
+        del now[: len(now) > 1]
     writer.end()
-    return output.results.file.getvalue()
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("width", [8, 20, 80])
@@ -324,6 +334,57 @@ def test_words_are_not_broken_at_the_edge(width):
         assert "".join(shown.split()) == "".join(text.split())
         broken = [w for w in re.findall(r"[a-z]+", text) if len(w) <= width - 2 and w not in shown]
         assert broken == []
+
+
+def test_an_answer_follows_the_terminal_when_it_is_resized():
+    shown = written(["ten cells, ", "and then the terminal is half as wide"], 40, 20).split("\n")
+    assert shown[0] == "ten cells, and then"
+    assert max(map(cell_len, shown)) <= 20
+
+
+def test_routing_that_did_not_change_is_said(capsys):
+    layer = LayerChange("0", (2.0, 2.0), (1.5, 1.5), (), ())
+    Screen(Output(), live=False).routing(RoutingChange(9, ("rerouting",), (layer,)))
+    done = capsys.readouterr()
+    assert "No token met another expert." in done.err
+    assert "gained" not in done.out
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_of_routing_breaks_between_experts_only(width):
+    shifts = ((127, 0.62), (112, 0.32), (103, -0.3))
+    layers = tuple(LayerChange(str(n), (8.0, 6.5), (2.57, 2.36), shifts, shifts) for n in range(3))
+    output = Output()
+    output.results.file, output.results.width = io.StringIO(), width
+    Screen(output, live=False).routing(RoutingChange(50, ("rerouting",), layers))
+    shown = output.results.file.getvalue()
+    assert len(re.findall(r"(?<!\S)(127:\+62|112:\+32|103:-30)(?!\S)", shown)) == 18
+    assert max(cell_len(line.rstrip()) for line in shown.split("\n")) <= width
+
+
+def test_a_start_says_nothing_of_packages_that_are_only_installed(caplog):
+    chatty, level = logging.getLogger("torchao"), logging.getLogger("torchao").level
+    with models._quiet():
+        chatty.warning("a CUDA library is missing")
+        chatty.error("this matters")
+    assert [record.message for record in caplog.records] == ["this matters"]
+    assert chatty.level == level
+
+
+def test_pictures_of_the_chat_load_nothing_and_keep_styles_over_lines(tmp_path):
+    demo = runpy.run_path(str(ROOT / "demos" / "chat_pictures.py"))
+    text = "\x1b[2mdim, and\nstill dim\x1b[0m\n\x1b[7m toolbar \x1b[0m"
+    light, dark = (demo["picture"](text, 80, palette) for palette in ("light", "dark"))
+    assert light != dark
+    for svg in (light, dark):
+        assert "font-face" not in svg
+        assert "url(http" not in svg
+        styles = [re.search(rf'class="(\S+)"[^>]*>{line}<', svg)[1] for line in ("dim,&#160;and", "still&#160;dim")]
+        assert styles[0] == styles[1]
+    command = [sys.executable, str(ROOT / "demos" / "chat_pictures.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
+    assert "tmux, which is not installed here" in done.stderr
 
 
 def test_a_model_cannot_drive_the_terminal():

@@ -165,6 +165,51 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(folder, tmp_path):
     assert history.stat().st_mode & 0o077 == 0
 
 
+# What a terminal sends for keys that send no line: function and cursor keys, control and alt with letters, a mouse.
+KEYS = [
+    *(f"\x1b{code}" for code in ("OP", "[15~", "[A", "[B", "[C", "[D", "[H", "[F", "[5~", "[6~", "[3~", "[2~", "[Z")),
+    *(f"\x1b[1;5{way}" for way in "ABCD"),
+    *(chr(ord(letter) - 64) for letter in "ABEFGHKLNPQSTUWXY]_"),
+    *(f"\x1b{letter}" for letter in "bcdfltuwy<>.-?"),
+    "\x12nothing\x07",  # a search in the history, given up
+    "\x1b[M !!",
+    "\t\t",
+    "\x1b",
+]
+BAD = ["/", "/foo", "/set", "/set nonsense", "/set scmoe.beta abc", "/set scmoe.no 3", "/on a b"]
+
+
+@pytest.mark.slow
+def test_no_key_and_no_bad_command_gives_a_traceback(folder, tmp_path):
+    options = ["--model", folder, "--max-new-tokens", "3000", "--temperature", "1"]
+    terminal = Terminal(*options, XDG_STATE_HOME=str(tmp_path), NO_COLOR="1")
+    terminal.until(r"nothing on \| adaptation: continue")
+    for key in KEYS:
+        terminal.keys(f"a{key}")
+    time.sleep(1)  # an escape alone is one after half a second
+    terminal.keys("\x07\x05\x15")  # give up, to the end, drop the line
+    for line in BAD:
+        terminal.keys(f"{line}\r")
+        terminal.until(r"! [\s\S]*?\| 0 turns")
+    terminal.keys("\r\r  \r")  # empty lines are nothing
+    terminal.keys("\x1b[200~one\ntwo\tthree\n\x1b[201~")  # pasted: nothing is sent yet
+    terminal.until("three")
+    terminal.keys("\r")
+    terminal.until(LINE)
+    for columns in (140, 30, 80):  # while an answer is written
+        termios.tcsetwinsize(terminal.fd, (24, columns))
+        terminal.until(r"\n")
+    terminal.keys("\x03")
+    terminal.until(r"stopped[\s\S]*?\| 1 turn")
+    terminal.keys(f"/save {tmp_path}/talk.json\r")
+    terminal.until(r"Written to[\s\S]*?\| 1 turn")
+    terminal.keys("\x04")
+    assert terminal.code() == 0
+    assert "Traceback" not in terminal.raw
+    (turn,) = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert turn["user"].split() == ["one", "two", "three"]
+
+
 # --- a server ---------------------------------------------------------------------------------------------
 
 

@@ -1,25 +1,15 @@
-"""What the README prints must run as printed."""
+"""The contributing guide runs as printed, and the README names every strategy; `test_docs.py` has the rest."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
 def python_blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(python_blocks("README.md"))))
-def test_readme_example(number, tmp_path):
-    code = python_blocks("README.md")[number]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "rerouting" in done.stdout
 
 
 def test_the_strategy_of_the_contributing_guide(tmp_path):
@@ -39,10 +29,9 @@ def test_the_strategy_of_the_contributing_guide(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_file_that_is_linked_exists():
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
-            assert (ROOT / link).exists(), link
+def test_every_file_that_the_guide_links_exists():
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert (ROOT / link).exists(), link
 
 
 def test_the_strategy_table_names_every_strategy():

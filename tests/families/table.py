@@ -40,8 +40,9 @@ class Results:
         if "failed" in outcomes:
             return "✗"
         reasons, remarks = (said.get((family, check), []) for said in (self.reasons, self.remarks))
-        marks = [f"[{numbers.setdefault(text, len(numbers) + 1)}]" for text in (*reasons, *remarks)]
-        return " ".join(["–" if reasons else "✓", *marks])
+        marks = [str(numbers.setdefault(text, len(numbers) + 1)) for text in (*reasons, *remarks)]
+        sign = "–" if reasons else "✓"
+        return f"{sign} [{', '.join(marks)}]" if marks else sign
 
 
 def _row(*cells: Any) -> str:

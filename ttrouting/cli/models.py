@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,6 +20,9 @@ from ttrouting.errors import ConfigError, TTRoutingError
 from ttrouting.pocket import PocketWeightsMissing, load_pocket
 
 POCKET = "pocket"
+# What transformers imports along, and what those tell of themselves while they are imported: missing CUDA libraries,
+# and calls between each other that are on their way out. None of it says anything about the model.
+CHATTY = ("torchao", "torch.utils._pytree")
 SMALL = 50_000_000  # parameters
 
 
@@ -40,7 +44,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     place = find_device(device)
     if name == POCKET:
         try:
-            with _bars(False):
+            with _bars(False), _quiet():
                 return load_pocket(wanted, "cpu" if place == "auto" else place)
         except PocketWeightsMissing as error:
             raise ModelLoadError(f"{error}. Or name another model with --model.") from None
@@ -49,7 +53,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _bars(downloads(name)):
+        with _bars(downloads(name)), _quiet():
             # the tokenizer first: it is small, and its absence is known before gigabytes are read.
             # `trust_remote_code` is said because transformers would ask on a terminal
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -69,6 +73,19 @@ def downloads(name: str) -> bool:
     if name == POCKET or hub.HF_HUB_OFFLINE or _is_path(name):
         return False
     return not isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of packages that are imported only because they are installed."""
+    before = {name: getLogger(name).level for name in CHATTY}
+    for name in CHATTY:
+        getLogger(name).setLevel(ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import IO, Any
 
 from rich.cells import cell_len
 from rich.console import RenderableType
@@ -59,7 +59,7 @@ class Screen:
 
     def writer(self) -> Writer | None:
         """Where the pieces of an answer go; None where it is shown in one."""
-        return Writer(self._output, self.width) if self._live else None
+        return Writer(self._output.results.file, lambda: self.width) if self._live else None
 
     def answer(self, text: str) -> None:
         """A whole answer, if it was not shown in pieces."""
@@ -110,27 +110,33 @@ class Screen:
 
     def routing(self, change: RoutingChange) -> None:
         """What changed in each layer."""
+        if not any(layer.gained or layer.lost for layer in change.layers):
+            self.note(f"{_read(change)} No token met another expert.")
+            return
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("layer", "mean k", "entropy"):
             table.add_column(name, justify="right", no_wrap=True)
         for name in ("gained", "lost"):
-            table.add_column(name, overflow="fold")
+            table.add_column(f"{name}, %", overflow="fold")
         for number, layer in enumerate(change.layers):
             k, entropy = _pair(layer.mean_k), _pair(layer.entropy)
             table.add_row(str(number), k, entropy, _experts(layer.gained), _experts(layer.lost))
         self.show(table)
         self.note(
-            f"{change.tokens} tokens of the last prompt and answer, read with {' + '.join(change.strategies)} and "
-            f"without. {_means(change.layers)} Gained, lost: expert and the change of the share of tokens that chose "
-            "it, the three largest. Entropy in nats."
+            f"{_read(change)} Gained, lost: expert, and by how much the share of tokens that chose it "
+            "changed; the three largest. Entropy in nats."
         )
 
 
 class Writer:
-    """Writes text as it comes so that no word is broken at the right edge."""
+    """Writes text as it comes so that no word is broken at the right edge.
 
-    def __init__(self, output: Output, width: int) -> None:
-        self._file = output.results.file
+    Args:
+        file: where to. width: tells the columns of the terminal, which may be resized while an answer is written.
+    """
+
+    def __init__(self, file: IO[str], width: Callable[[], int]) -> None:
+        self._file = file
         self._width = width
         self._column = 0
         self._space = ""
@@ -138,6 +144,7 @@ class Writer:
 
     def feed(self, text: str) -> None:
         """The next piece; its last word is shown when it is finished."""
+        width = self._width()
         for c in printable(text):
             if c == "\n":
                 self._flush()
@@ -152,7 +159,7 @@ class Writer:
                 self._flush()
             else:
                 self._word += c
-                if cell_len(self._word) >= self._width:
+                if cell_len(self._word) >= width:
                     self._flush()
         self._file.flush()
 
@@ -168,7 +175,7 @@ class Writer:
         if not self._word:
             return
         size = cell_len(self._space) + cell_len(self._word)
-        if self._column + size > self._width:
+        if self._column + size > self._width():
             if self._column:
                 self._put("\n")
             self._column, self._space, size = 0, "", cell_len(self._word)
@@ -278,7 +285,14 @@ def _pair(values: tuple[float, float]) -> str:
 
 
 def _experts(shifts: Sequence[tuple[int, float]]) -> str:
-    return "  ".join(f"{expert} {100 * share:+.0f} %" for expert, share in shifts)
+    # no space inside: a narrow terminal breaks between experts only
+    return "  ".join(f"{expert}:{100 * share:+.0f}" for expert, share in shifts)
+
+
+def _read(change: RoutingChange) -> str:
+    """What was compared, and the means over layers."""
+    compared = f"read with {' + '.join(change.strategies)} and without"
+    return f"{change.tokens} tokens of the last prompt and answer, {compared}. {_means(change.layers)}"
 
 
 def _means(layers: Sequence[LayerChange]) -> str:
