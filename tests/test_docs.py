@@ -117,7 +117,7 @@ def test_commands_parse(block):
         match words:
             case ["ttrouting", *_]:
                 values = parsed(words)
-                adapt, options = values.get("adapt") or [], values.get("options") or []
+                adapt, options = values.get("adapt") or [], values.get("settings") or values.get("options") or []
                 kinds = [name for one in adapt for name in re.split(r"[+,]", one)]
                 make_strategies(kinds, options if kinds else [])
             case ["make", target, *_]:
