@@ -2,9 +2,9 @@
 
     python demos/c3po_own_data.py
 
-The file here holds solved questions in a spelling that the pocket model never met with this skill. Each is asked; with
-`keep="all"` those that the model answers wrongly are kept too, since their answers are known. A new question is then
-routed by what lowers the loss of its nearest neighbours' answers.
+The file here holds solved questions in a spelling that the pocket model never met with this skill. Each is asked;
+with `keep="all"` those that the model answers wrongly are kept too, since their answers are known. A new question is
+then routed by what lowers the loss of its nearest neighbours' answers.
 """
 
 from __future__ import annotations
