@@ -69,9 +69,7 @@ class Paper:
 
     def main(self, about: str | None, arguments: Sequence[str] | None = None) -> None:
         """The command: `about` is the docstring of the paper's module."""
-        parser = argparse.ArgumentParser(
-            description=about, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
-        )
+        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--tiny", action="store_true", help="a tiny random model and made-up records, offline")
         parser.add_argument("--model", choices=list(self.models), default=next(iter(self.models)))
         parser.add_argument("--tasks", nargs="+", choices=self.tasks, default=list(self.tasks[:1]))
@@ -114,8 +112,14 @@ class Paper:
                 no_harm=options.no_harm,
                 variants=tuple(with_base(variants)),
             )
-            settings = {"batch_size": options.batch_size, "no_harm": options.no_harm}
-            run(question, AdaptedLM(model, tokenizer=tokenizer, name=options.model, **settings), tasks, out)
+            lm = AdaptedLM(
+                model,
+                tokenizer=tokenizer,
+                name=options.model,
+                batch_size=options.batch_size,
+                no_harm=options.no_harm,
+            )
+            run(question, lm, tasks, out)
             return compare(out)
 
     def told(self, options: argparse.Namespace, found: Mapping[str, Any]) -> str:
@@ -124,7 +128,7 @@ class Paper:
         lines = [f"{self.title}\nmodel {options.model}{random}"]
         for task, one in found["tasks"].items():
             for name, cell in one["variants"].items():
-                said = self.published.get((options.model, task, name), "nothing")
+                said = self.published.get((options.model, task, name), "no number is known here")
                 low, high = (100 * end for end in cell["difference_interval"])
                 lines += [
                     f"{task}, {name}",

@@ -3,14 +3,14 @@
     HF_ALLOW_CODE_EVAL=1 python -m demos.papers.rerouting --confirm-run-unsafe-code
     HF_ALLOW_CODE_EVAL=1 python -m demos.papers.rerouting --confirm-run-unsafe-code --tiny
 
-| | |
-|---|---|
-| models | OLMoE, Qwen1.5-MoE, DeepSeek-V2-Lite: `--model`. Which checkpoints of these is not known here; the base ones are taken |
-| task | HumanEval, pass@1, greedy. The paper's prompt is not known here: lm-eval's, the function's head alone |
-| options | `Rerouting.preset("paper")`: 5 steps of 0.05 on the whole context, again every 128 tokens. The optimiser (Adam) and the share of layers (the most confident half) are not published |
-| published | the paper's abstract and results, as differences |
+Models: OLMoE, Qwen1.5-MoE or DeepSeek-V2-Lite (`--model`). The paper's checkpoints of these are not known here: the
+base ones are taken.
+Task: HumanEval, pass@1, greedy. The paper's prompt is not known here: lm-eval's, the head of the function alone.
+Options: `Rerouting.preset("paper")`, five steps of 0.05 on the whole context, and again every 128 tokens. The optimiser
+(Adam) and the share of layers (the most confident half) are not published.
+Published: differences alone, +5.5 points on HumanEval with OLMoE. HumanEval has 164 problems: that is nine of them.
 
-HumanEval has 164 problems: +5.5 points are nine of them. The model's programs are run; see docs/evaluation.md.
+Programs that the model writes are run; see docs/evaluation.md.
 """
 
 from __future__ import annotations
