@@ -3,8 +3,8 @@
     python -m demos.papers.c3po                       # needs pip install "ttrouting[eval,embed]"
     python -m demos.papers.c3po --tiny
 
-Model: OLMoE, `allenai/OLMoE-1B-7B-0125-Instruct` in fp16, as in the released code. The paper's DeepSeekMoE (66.4 -> 74.4
-with ngd) comes with code of its own, which is not run here.
+Model: OLMoE, `allenai/OLMoE-1B-7B-0125-Instruct` in fp16, as in the released code. The paper's DeepSeekMoE (66.4 ->
+74.4 with ngd) comes with code of its own, which is not run here.
 Task: ARC-Challenge, one of the six sets that the published averages are over; the letter of the highest likelihood.
 Prompt: the instruction of the released code. How it writes question and options is not known here: one option a line,
 then "Answer:".
@@ -34,8 +34,8 @@ from ttrouting.strategy import Strategy
 OLMOE, LETTERS, EACH = "allenai/OLMoE-1B-7B-0125-Instruct", "ABCD", 3000
 BOOK, SCIQ = "allenai/openbookqa", "allenai/sciq"
 ORDER = (
-    "Answer with only a single letter (A, B, C, or D) representing the correct option. Do not explain your reasoning. "
-    "Just output the letter of the answer. "
+    "Answer with only a single letter (A, B, C, or D) representing the correct option. "
+    "Do not explain your reasoning. Just output the letter of the answer. "
 )
 TASK = {
     "task": "arc_challenge",
@@ -59,7 +59,7 @@ def load(names: Any, *, data_dir: Path | None, unsafe_code: bool) -> dict[str, A
 
 
 def references(data_dir: Path | None, n: int = EACH) -> Iterator[dict[str, str]]:
-    """Questions with their options and the right letter; from the hub, or SciQ's own records in `sciq/train.jsonl`."""
+    """Questions with their options and the right letter. In a local folder SciQ is `sciq/train.jsonl`, as released."""
     if data_dir is None:
         book, sciq = (datasets.load_dataset(name, split=f"train[:{n}]") for name in (BOOK, SCIQ))
     else:

@@ -10,8 +10,8 @@ Options: the rules top-p, relative (NAEE), sensitivity (AdapMoE) and entropy (Dy
 gives three quarters of K on sixteen GSM8K train questions; and half of K for every token.
 Published: what became of models that were trained with all K experts; no number is known here for the other rules.
 
-The first paper trains a model with top-p of p = 0.4 (average 41.6 -> 42.3 at 1.76 experts a token instead of 2), which
-needs that model. Put on others, this is a method of cost, and published retrofits lose accuracy.
+The first paper trains a model with top-p of p = 0.4 (average 41.6 -> 42.3 at 1.76 experts a token instead of 2);
+that needs its model. Put on others, this is a method of cost, and published retrofits lose accuracy.
 """
 
 from __future__ import annotations

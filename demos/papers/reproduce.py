@@ -31,7 +31,7 @@ TINY_TOKENS = 8  # of an answer
 
 @dataclass(frozen=True)
 class Place:
-    """Where a paper's variants are made: the model, its id, the folder of the sets (None: the hub), one to write in."""
+    """Where variants are made: the model, its id, the folder of the sets (None: the hub), a folder to write in."""
 
     model: Any
     tokenizer: Any
@@ -130,12 +130,13 @@ class Paper:
             for name, cell in one["variants"].items():
                 said = self.published.get((options.model, task, name), "no number is known here")
                 low, high = (100 * end for end in cell["difference_interval"])
+                experts = cell["cost"]["experts_per_token"]
                 lines += [
                     f"{task}, {name}",
                     f"    published  {said}",
                     f"    measured   {100 * cell['base']:.2f} -> {100 * cell['mean']:.2f}, difference "
                     f"{100 * cell['difference']:+.1f} [{low:+.1f}, {high:+.1f}], n {cell['n']}: {cell['verdict']}",
-                    f"    cost       {_times(cell['ratios'])}, {cell['cost']['experts_per_token']:.2f} experts a token",
+                    f"    cost       {_times(cell['ratios'])}, {experts:.2f} experts a token",
                 ]
         return "\n".join([*lines, f"published cost: {self.cost}"])
 

@@ -6,8 +6,8 @@
 Models: OLMoE, Qwen1.5-MoE or DeepSeek-V2-Lite (`--model`). The paper's checkpoints of these are not known here: the
 base ones are taken.
 Task: HumanEval, pass@1, greedy. The paper's prompt is not known here: lm-eval's, the head of the function alone.
-Options: `Rerouting.preset("paper")`, five steps of 0.05 on the whole context, and again every 128 tokens. The optimiser
-(Adam) and the share of layers (the most confident half) are not published.
+Options: `Rerouting.preset("paper")`, five steps of 0.05 on the whole context, and again every 128 tokens. The
+optimiser (Adam) and the share of layers (the most confident half) are not published.
 Published: differences alone, +5.5 points on HumanEval with OLMoE. HumanEval has 164 problems: that is nine of them.
 
 Programs that the model writes are run; see docs/evaluation.md.

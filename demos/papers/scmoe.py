@@ -4,8 +4,8 @@
     python -m demos.papers.scmoe --tiny
 
 Model: Mixtral 8x7B, `mistralai/Mixtral-8x7B-v0.1`, in bf16.
-Task: GSM8K, greedy, at most 512 tokens as in the released code. `--tasks` for StrategyQA (with `--data-dir`), MBPP and
-HumanEval (with two consents, see docs/evaluation.md).
+Task: GSM8K, greedy, at most 512 tokens as in the released code. `--tasks` for StrategyQA (with `--data-dir`), MBPP
+and HumanEval (with two consents, see docs/evaluation.md).
 Prompt: the paper's is not known here. The released code reads the number after "The answer is", so GSM8K's is
 lm-eval's `gsm8k_cot`, eight worked examples that end so; the others are those of docs/evaluation.md.
 Options: the weak routing is the expert of rank 2 alone; alpha 0.1, beta 0.5 (the paper tries 0.1 to 0.9).
