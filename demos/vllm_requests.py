@@ -9,6 +9,7 @@ The first needs vLLM (pip install 'ttrouting[vllm]', without a GPU see docs/vllm
 from __future__ import annotations
 
 import argparse
+import os
 from importlib.util import find_spec
 
 import ttrouting as ttr
@@ -29,7 +30,10 @@ def offline() -> dict[str, str]:
     """All requests in one batch of an engine here."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(str(POCKET_DIR), dtype="float32", max_model_len=256, additional_config=ttv.config())
+    # SCMoE needs both streams of a step at hand, and the runner that it was made for; `ttrouting serve` asks for both
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    options = {"dtype": "float32", "max_model_len": 256, "async_scheduling": False}
+    llm = LLM(str(POCKET_DIR), additional_config=ttv.config(), **options)
     each = [
         SamplingParams(
             temperature=0, max_tokens=8, extra_args={"ttrouting": ttv.spec(strategies)} if strategies else None

@@ -88,7 +88,7 @@ def main() -> None:
     inputs = tokenizer("Q: 12+30\nA:", return_tensors="pt")
     for strength in (0.01, 1.0, 10.0):
         with ttr.adapt(model, SpreadLoad(strength)) as adapted:
-            adapted.generate(**inputs, max_new_tokens=60, min_new_tokens=60, do_sample=False)
+            adapted.generate(**inputs, max_new_tokens=40, min_new_tokens=40, do_sample=False)
             busiest = adapted.report.sequences[0].strategies["spread_load"]["busiest"]
         print(f"strength {strength:5}: the busiest expert of any layer has {busiest:.0%} of its layer's tokens")
 

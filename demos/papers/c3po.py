@@ -59,7 +59,7 @@ def load(names: Any, *, data_dir: Path | None, unsafe_code: bool) -> dict[str, A
 
 
 def references(data_dir: Path | None, n: int = EACH) -> Iterator[dict[str, str]]:
-    """Questions with their options and the right letter. In a local folder SciQ is `sciq/train.jsonl`, as released."""
+    """Questions with their options and the right letter. In a local folder SciQ is `sciq/train.jsonl`."""
     if data_dir is None:
         book, sciq = (datasets.load_dataset(name, split=f"train[:{n}]") for name in (BOOK, SCIQ))
     else:
