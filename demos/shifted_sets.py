@@ -11,8 +11,8 @@ import argparse
 import torch
 
 import ttrouting as ttr
-from ttrouting.cli.paired import Paired
 from ttrouting.cli.trial import QuestionSet
+from ttrouting.evaluation.statistics import Paired
 from ttrouting.pocket.measure import complete
 from ttrouting.pocket.skills import SKILLS, is_correct, shifted_pairs
 
@@ -40,7 +40,7 @@ def main() -> None:
         for no_harm in (True, False):
             with ttr.adapt(model, ttr.Rerouting(**STRATEGY), no_harm=no_harm, tokenizer=tokenizer) as adapted:
                 paired = Paired.of(base, right(adapted, tokenizer, asked))
-            cells += [f"{paired.after / args.n:.2f}", f"{paired.won}, {paired.lost}", f"{paired.p_value:.2g}"]
+            cells += [f"{paired.second:.2f}", f"{paired.won}, {paired.lost}", f"{paired.p_value:.2g}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
