@@ -15,9 +15,11 @@ from importlib.util import find_spec
 import ttrouting as ttr
 from ttrouting import vllm as ttv
 from ttrouting.pocket import POCKET_DIR
+from ttrouting.pocket.skills import few_shot_prompt, sample
 from ttrouting.server import Server
 
-PROMPT = "Q: 12+30\nA:"
+# six solved examples, then a question: under sixteen tokens Rerouting has too little to learn from
+PROMPT = few_shot_prompt(sample("reverse", "letters", "dev", 6), sample("reverse", "letters", "test", 1)[0])
 REQUESTS = {
     "untouched": [],
     "SCMoE": [ttr.SCMoE(beta=0.3)],
@@ -36,7 +38,7 @@ def offline() -> dict[str, str]:
     llm = LLM(str(POCKET_DIR), additional_config=ttv.config(), **options)
     each = [
         SamplingParams(
-            temperature=0, max_tokens=8, extra_args={"ttrouting": ttv.spec(strategies)} if strategies else None
+            temperature=0, max_tokens=10, extra_args={"ttrouting": ttv.spec(strategies)} if strategies else None
         )
         for strategies in REQUESTS.values()
     ]
@@ -49,7 +51,7 @@ def over_http(url: str) -> dict[str, str]:
     server, found = Server(url, "pocket"), {}
     for name, strategies in REQUESTS.items():
         extra = {"vllm_xargs": {"ttrouting": ttv.spec_json(strategies)}} if strategies else {}
-        body = {"model": server.served, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, **extra}
+        body = {"model": server.served, "prompt": PROMPT, "max_tokens": 10, "temperature": 0, **extra}
         found[name] = server.ask("POST", "completions", body)["choices"][0]["text"]
     return found
 
