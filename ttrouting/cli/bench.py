@@ -122,8 +122,13 @@ def command(
     """
     output = Output(as_json)
     if vllm:
-        only_without = {"--vary": vary, "--file": file, "--plot": plot}
-        only_without |= {"--device": device != "auto", "--clock": clock is not Timer.WALL}
+        given = {
+            "--vary": bool(vary),
+            "--file": bool(file),
+            "--plot": plot is not None,
+            "--device": device != "auto",
+            "--clock": clock is not Timer.WALL,
+        }
         bench_vllm.run(
             output,
             bench_vllm.Asked(
@@ -139,7 +144,7 @@ def command(
                 dtype=dtype,
                 engine=engine or [],
             ),
-            [option for option, given in only_without.items() if given],
+            [option for option, is_given in given.items() if is_given],
             machine(find_device("auto")),
         )
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -62,23 +62,11 @@ def run(output: Output, asked: Asked, elsewhere: Sequence[str], machine: Mapping
         raise ConfigError(f"{elsewhere[0]} does not go with --vllm. Leave it out.")
     options = read_options(asked.engine)
     need_vllm()
-    from ttrouting.vllm.load import measure  # brings transformers
-
     with_what = " + ".join(one.name for one in asked.adapted) or DELTA
     results = []
     for source in asked.random or [asked.model]:
-        with output.waiting(f"making {source}") as say, _folder(source, asked) as (model, parameters):
-            found = measure(
-                model,
-                asked.requests,
-                asked.prompts,
-                asked.new_tokens,
-                asked.repeats,
-                spec(asked.adapted, no_harm=asked.no_harm) if asked.adapted else None,
-                asked.seed,
-                {"dtype": _dtype(source, asked), **options},
-                lambda step, source=source: say(f"{source}: {step}"),
-            )
+        with output.waiting(f"making {source}" if asked.random else f"loading {source}") as say:
+            found, parameters = _measure(source, asked, options, say)
         results.append({"model": source, "parameters": parameters, "rows": [asdict(row) for row in found]})
         for (prompt, requests), rows in groupby(found, lambda row: (row.prompt, row.requests)):
             many = f"{requests} request{'s' if requests > 1 else ''} at a time"
@@ -99,6 +87,27 @@ def run(output: Output, asked: Asked, elsewhere: Sequence[str], machine: Mapping
             "versions": {**versions(), **_vllm_version()},
         }
     )
+
+
+def _measure(
+    source: str, asked: Asked, options: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[list[Row], int | None]:
+    """The rows of one model, and how many parameters it has where that is known."""
+    from ttrouting.vllm.load import measure  # brings transformers
+
+    with _folder(source, asked) as (model, parameters):
+        rows = measure(
+            model,
+            asked.requests,
+            asked.prompts,
+            asked.new_tokens,
+            asked.repeats,
+            spec(asked.adapted, no_harm=asked.no_harm) if asked.adapted else None,
+            asked.seed,
+            {"dtype": _dtype(source, asked), **options},
+            lambda step: say(f"{source}: {step}"),
+        )
+    return rows, parameters
 
 
 def read_options(given: Sequence[str]) -> dict[str, Any]:
