@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import put_away
 from engines import as_in_vllm, engine
 
 pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here: make test-vllm")
+
+from vllm.sampling_params import StructuredOutputsParams
 
 import ttrouting as ttr
 from ttrouting import vllm as ttv
 from ttrouting.pocket import POCKET_DIR
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
 
 PROMPTS = ["Q: capital of France?\nA:", "Q: 12+30\nA:", "Q: reverse cat\nA:"]
 DIGITS = 6
@@ -29,7 +29,7 @@ def pocket() -> Iterator[tuple[Any, Any, Any]]:
     model, tokenizer = ttr.load_pocket()
     llm = engine(POCKET_DIR, skip_tokenizer_init=False)
     yield model, tokenizer, llm
-    put_away(llm)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def digits(model: Any, tokenizer: Any, prompt: str, strategies: list[Any]) -> str:
