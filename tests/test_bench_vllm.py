@@ -64,7 +64,6 @@ def test_all_versions_answer_the_same_requests_in_each_repetition(engines: list[
     assert [(row.requests, row.version, row.adapted) for row in rows] == [
         (1, NO_PLUGIN, 0),
         (1, "none", 0),
-        (1, "some", 1),
         (1, "all", 1),
         (8, NO_PLUGIN, 0),
         (8, "none", 0),
@@ -72,13 +71,13 @@ def test_all_versions_answer_the_same_requests_in_each_repetition(engines: list[
         (8, "all", 8),
     ]
     # in a repetition all are slower by the same factor, so ratios have no spread and speeds have
-    for row, ratio in zip(rows[4:], (1, 1 / 2, 1 / 6, 1 / 18), strict=True):
+    for row, ratio in zip(rows[3:], (1, 1 / 2, 1 / 6, 1 / 18), strict=True):
         assert [row.ratio.low, row.ratio.median, row.ratio.high] == pytest.approx([ratio] * 3)
-    assert rows[4].tokens_per_second == Spread.of([1000 / 2, 1000 / 3, 1000 / 4])
+    assert rows[3].tokens_per_second == Spread.of([1000 / 2, 1000 / 3, 1000 / 4])
     without, with_plugin = (one["engine"] for one in engines)
     assert [one["plugin"] for one in engines] == [False, True]
     assert [one["seed"] for one in without.loads] == [0, 1, 2, 3] * 2  # the first is the warm-up
-    assert len(with_plugin.loads) == 3 * len(without.loads)
+    assert len(with_plugin.loads) == 4 * 2 + 4 * 3  # in a warm-up and three repetitions
     assert without.ended
     assert with_plugin.ended
 

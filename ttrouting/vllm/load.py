@@ -22,7 +22,7 @@ from ttrouting.bench.measure import Spread
 from ttrouting.errors import TTRoutingError
 
 NO_PLUGIN = "no plugin"
-SHARES = {"none": 0.0, "some": 0.25, "all": 1.0}  # with the plugin: requests that are adapted
+SOME = 4  # one of so many requests is adapted
 REQUESTS = (1, 8, 32, 128)
 PAIRED = ("scmoe", "c3po")  # have no part in async scheduling and run on the V1 runner alone
 
@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         prompt, new_tokens: tokens of each request. requests: sent at the same time.
-        version: `no plugin`, or which requests are adapted: `none`, `some` or `all`; adapted: how many those are.
+        version: `no plugin`, or which requests are adapted: `none`, `some` or `all`. adapted: how many those are.
         tokens_per_second: written by all requests together.
         first_token_ms: of the median request, from the moment when all were sent; next_token_ms: each one after it.
         ratio: of throughput, to the engine without the plugin in the same repetition; above 1 is faster.
@@ -177,9 +177,10 @@ def _case(
     say: Callable[[str], None],
 ) -> list[Row]:
     """All versions of one number of requests."""
-    # at least one, else "some" of a single request is none
-    adapted = {name: max(1, round(share * count)) if share else 0 for name, share in SHARES.items()}
-    adapted = {NO_PLUGIN: 0, **adapted}
+    adapted = {NO_PLUGIN: 0, "none": 0}
+    if count > 1:
+        adapted["some"] = max(1, count // SOME)
+    adapted["all"] = count
     found: dict[str, list[dict[str, float]]] = {name: [] for name in adapted}
     order = Random(seed)
     for repetition in range(repeats + 1):
