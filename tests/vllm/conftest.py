@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, saved
+from engines import AGREEMENT, engine, saved
 
 if not any(point.name == "ttrouting" for point in entry_points(group="vllm.general_plugins")):
     raise pytest.UsageError("vLLM would not find the plugin: install ttrouting again (pip install -e .).")
 
-FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v2")
+FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -50,7 +50,7 @@ def start(family: str, folders: pytest.TempPathFactory, **options: Any) -> Itera
     torch.manual_seed(0)
     model, folder = saved(family, folders.mktemp(family))
     with pytest.MonkeyPatch.context() as patch:
-        if family == "deepseek_v2":
+        if family.startswith("deepseek"):
             from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
             patch.setenv("VLLM_MLA_DISABLE", "1")
@@ -66,3 +66,11 @@ def put_away(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many experts were those of transformers."""
+    if AGREEMENT:
+        terminalreporter.section("experts chosen as in transformers")
+        for (family, dtype, kind), share in sorted(AGREEMENT.items()):
+            terminalreporter.write_line(f"{family:12} {dtype:9} {kind:6} {100 * share:.2f} %")

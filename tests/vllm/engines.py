@@ -5,6 +5,7 @@ Imports nothing of vLLM at the top, so that the suite is collected where it is n
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,25 +25,28 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
+AGREEMENT: dict[tuple[str, str, str], float] = {}  # (family, dtype, strategy) -> share of equal experts
+
 # vLLM's attention on CPUs takes heads of 32 and more
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+LATENT = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 128,
+}
+# what the released checkpoint says, vLLM reads, and transformers leaves out when it saves
+UNSAVED: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
 CHANGES: dict[str, dict[str, Any]] = {
     "olmoe": WIDE,
     "mixtral": {**WIDE, "head_dim": 32, "sliding_window": None},
     "qwen3_moe": {**WIDE, "head_dim": 32, "norm_topk_prob": True},
-    "deepseek_v2": {
-        "hidden_size": 128,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 64,
-        "v_head_dim": 128,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "deepseek_v2": {**LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT,  # sigmoid, a correction bias, the best 2 of 4 groups
 }
 
 
@@ -51,6 +55,8 @@ def saved(family: str, folder: Path) -> tuple[Any, Path]:
     model = build(family, **CHANGES[family])
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | UNSAVED.get(family, {})))
     return model, folder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import deltas, expected, prompts, report, sampling, write
+from engines import as_in_vllm, deltas, expected, prompts, report, sampling, write
 
 pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here: make test-vllm")
 
@@ -185,7 +185,7 @@ def test_logprobs_are_those_of_the_contrast(olmoes: tuple[Any, Any]) -> None:
     out = llm.generate(asked, sampling(ttv.spec(strategy), tokens=1, logprobs=3), use_tqdm=False)[0].outputs[0]
     ids = torch.tensor([text])
     options: Any = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-    with ttr.adapt(model, [strategy]) as adapted:
+    with ttr.adapt(model, as_in_vllm([strategy])) as adapted:
         logits = adapted.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options).logits[0][0]
     best = logits.float().log_softmax(-1).topk(3)
     found = out.logprobs[0]

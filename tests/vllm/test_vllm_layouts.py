@@ -163,15 +163,3 @@ def test_layouts_that_were_not_tried_are_refused_at_the_start(layout: dict[str, 
         check_engine(config)
     config.parallel_config = SimpleNamespace(**plain)
     check_engine(config)
-
-
-@pytest.mark.slow
-def test_the_load_is_measured_with_and_without(olmoe: tuple[Any, Path]) -> None:
-    from ttrouting.vllm.load import measure
-
-    _, folder = olmoe
-    options = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 100}
-    rows = measure(folder, (2,), rounds=1, **options)
-    assert [row["adapted"] for row in rows] == ["without", "none", "some", "all"]
-    assert all(row["tokens_per_second"] > 0 for row in rows)
-    assert rows[0]["ratio"] == 1

@@ -16,6 +16,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ttrouting.cli import bench_vllm
 from ttrouting.cli.generate import versions
 from ttrouting.cli.models import POCKET, downloads, find_device, load_model
 from ttrouting.cli.options import Debug, Device, Dtype, DtypeName, Files, Json, ModelName, NoHarm, Settings
@@ -51,8 +52,20 @@ def command(
             show_default=False,
         ),
     ] = None,
-    prompt: Annotated[str, typer.Option(metavar="N,...", help="Prompt lengths in tokens.")] = "128",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...", help="Prompt lengths in tokens. [default: 128, with --vllm 64]", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Batch sizes; with --vllm requests at a time. [default: 1, with --vllm 1,8,32,128]",
+            show_default=False,
+        ),
+    ] = None,
     adapt: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,6 +98,16 @@ def command(
     dtype: DtypeName = Dtype.AUTO,
     device: Device = "auto",
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the ratios: .png, .svg or .pdf.")] = None,
+    vllm: Annotated[
+        bool,
+        typer.Option(
+            "--vllm", help="vLLM's throughput and latency with the plugin and without, none to all adapted."
+        ),
+    ] = False,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="With --vllm: an argument of vllm.LLM, such as enforce_eager=true."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -93,14 +116,45 @@ def command(
     Compared with the bare model's generate and with a straightforward version of the paper, in the same repetitions.
     Prompts are random tokens, or cut from the texts of --file.
 
+    With --vllm: throughput and latency of requests that come at the same time, with the plugin and without it.
+
     Example: ttrouting bench --random olmoe:8x512 --prompt 64,512 --batch 1,8 -a rerouting -a scmoe
     """
+    output = Output(as_json)
+    if vllm:
+        given = {
+            "--vary": bool(vary),
+            "--file": bool(file),
+            "--plot": plot is not None,
+            "--device": device != "auto",
+            "--clock": clock is not Timer.WALL,
+        }
+        bench_vllm.run(
+            output,
+            bench_vllm.Asked(
+                model=model,
+                random=_sources(model, random or [], []) if random else [],
+                adapted=make_strategies(adapt or [], settings or []),
+                no_harm=no_harm,
+                prompts=_numbers("prompt", prompt or "64"),
+                requests=_numbers("batch", batch or "1,8,32,128"),
+                new_tokens=new_tokens,
+                repeats=repeats,
+                seed=seed,
+                dtype=dtype,
+                engine=engine or [],
+            ),
+            [option for option, is_given in given.items() if is_given],
+            machine(find_device("auto")),
+        )
+        return
+    if engine:
+        raise ConfigError("--engine is for vLLM. Add --vllm, or leave it out.")
     # not at the top: they bring all of transformers, which other subcommands can do without
     from ttrouting.bench.plot import check_plot
     from ttrouting.bench.plot import plot as draw
 
-    output = Output(as_json)
-    lengths, batches = _numbers("prompt", prompt), _numbers("batch", batch)
+    lengths, batches = _numbers("prompt", prompt or "128"), _numbers("batch", batch or "1")
     groups = make_groups(adapt or STRATEGIES, settings or [], vary or [])
     sources = _sources(model, random or [], file or [])
     place = find_device(device)

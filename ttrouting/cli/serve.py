@@ -64,11 +64,16 @@ def command(
     output.note(f"{shlex.join(run)}\n\nWhen it is up:\n\n{example(host, port, model, artefact)}\n")
     if dry_run:
         return
+    need_vllm()
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0", **os.environ}
+    os.execve(run[0], run, environment)
+
+
+def need_vllm() -> None:
+    """Raise ConfigError, with how to install it, where vLLM is not."""
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
         raise ConfigError(INSTALL)
-    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0", **os.environ}
-    os.execve(run[0], run, environment)
 
 
 def example(host: str, port: int, model: str, artefact: list[str] | None = None) -> str:

@@ -1,152 +1,215 @@
 """What does the plugin cost an engine: throughput and latency with it and without it, none to all requests adapted?
 
-Two engines in processes of their own, the one without ever having loaded the plugin, take turns on the same requests.
+Two engines in processes of their own (`ttrouting.vllm.load_engine`), one of which never loads the plugin, take turns
+on the same requests.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import torch
+from ttrouting.bench.measure import Spread
+from ttrouting.errors import TTRoutingError
 
-SHARES = {"none": 0.0, "some": 0.25, "all": 1.0}
-PROMPT, NEW, ROUNDS = 64, 32, 5
+NO_PLUGIN = "no plugin"
+SOME = 4  # one of so many requests is adapted
+REQUESTS = (1, 8, 32, 128)
+PAIRED = ("scmoe", "c3po")  # have no part in async scheduling and run on the V1 runner alone
+
+
+class EngineEnded(TTRoutingError):
+    """vLLM did not start with these options, or ended in the middle."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One version of a load.
+
+    Attributes:
+        prompt, new_tokens: tokens of each request. requests: sent at the same time.
+        version: `no plugin`, or which requests are adapted: `none`, `some` or `all`. adapted: how many those are.
+        tokens_per_second: written by all requests together.
+        first_token_ms: of the median request, from the moment when all were sent; next_token_ms: each one after it.
+        ratio: of throughput, to the engine without the plugin in the same repetition; above 1 is faster.
+    """
+
+    prompt: int
+    new_tokens: int
+    requests: int
+    version: str
+    adapted: int
+    tokens_per_second: Spread
+    first_token_ms: Spread
+    next_token_ms: Spread
+    ratio: Spread
 
 
 class Engine:
-    """An engine in a process of its own that runs batches when it is asked to."""
+    """An engine in a process of its own that runs loads when it is asked to.
 
-    def __init__(self, model: Path, plugin: bool, options: dict[str, Any]) -> None:
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    Args:
+        start: see `load_engine.serve`.
+    """
+
+    def __init__(self, start: Mapping[str, Any], plugin: bool, environment: Mapping[str, str]) -> None:
+        # on CPUs vLLM takes a share of the whole machine for its cache otherwise
+        defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        environment = {**defaults, **os.environ, **environment}
         if not plugin:
             environment["VLLM_PLUGINS"] = ""
-        start = json.dumps({"model": str(model), "plugin": plugin, "options": options})
-        run = [sys.executable, "-m", "ttrouting.vllm.load", start]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            [sys.executable, "-m", "ttrouting.vllm.load_engine"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
         )
-        self.facts = self._read()
+        self._write({**start, "plugin": plugin})
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until it has started; what it says about itself.
+
+        Raises:
+            EngineEnded: it did not start.
+        """
+        return self._read()
+
+    def run(self, **load: int) -> dict[str, float]:
+        """Answer a load; see `load_engine.serve`. Raises as `ready`."""
+        self._write(load)
+        return self._read()
+
+    def _write(self, what: Mapping[str, Any]) -> None:
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):  # reading tells why
+                self._process.stdin.write(json.dumps(what) + "\n")
+                self._process.stdin.flush()
 
     def _read(self) -> dict[str, Any]:
         for line in self._process.stdout or ():
-            if line.startswith("{"):
+            if line.startswith("{"):  # vLLM writes there too
                 found: dict[str, Any] = json.loads(line)
                 return found
-        raise RuntimeError("The engine of the measurement has ended. Start vLLM with this model to see why.")
-
-    def run(self, concurrency: int, adapted: int) -> dict[str, float]:
-        """Answer `concurrency` requests, of which the first `adapted` have a delta."""
-        stdin = self._process.stdin
-        if stdin is None:
-            raise RuntimeError("The engine of the measurement takes no input.")
-        stdin.write(json.dumps([concurrency, adapted]) + "\n")
-        stdin.flush()
-        return self._read()
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if "Error" in line] or [line for line in lines if line.strip()]
+        raise EngineEnded(f"vLLM's engine has ended: {said[-1] if said else 'it did not say why'}")
 
     def end(self) -> None:
         """End its process."""
         self._process.terminate()
-        self._process.wait(60)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
 
 
 def measure(
-    model: Path, concurrencies: Sequence[int] = (1, 8, 32, 128), rounds: int = ROUNDS, **options: Any
-) -> list[dict[str, Any]]:
-    """One row for each number of requests at a time and share of adapted ones; medians over rounds.
+    model: str | Path,
+    requests: Sequence[int] = REQUESTS,
+    prompts: Sequence[int] = (64,),
+    new_tokens: int = 32,
+    repeats: int = 5,
+    spec: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """A row for each prompt length, number of requests at a time, and version.
 
     Args:
-        model: a folder. options: further arguments of `vllm.LLM`, for both engines.
+        model: what `vllm.LLM` takes. requests: at a time. prompts: lengths in tokens. repeats: after a warm-up, in
+            each of which all versions take turns in a new order.
+        spec: of adapted requests (`ttrouting.vllm.spec`); None: a random delta. options: of `vllm.LLM`, for both.
 
-    Returns:
-        Rows with tokens per second, milliseconds to the first token and for each further one, and `ratio`: throughput
-        relative to the engine without the plugin in the same round, with no request adapted.
+    Raises:
+        EngineEnded: see there.
     """
-    options = {"max_num_seqs": max(concurrencies), "max_model_len": PROMPT + NEW + 1, **options}
-    without, with_plugin = Engine(model, False, options), Engine(model, True, options)
-    rows = []
+    kinds = {one.get("strategy") for one in (spec or {}).get("strategies", ())}
+    paired = not kinds.isdisjoint(PAIRED)
+    settings = {
+        "max_num_seqs": max(2, max(requests) * (2 if "scmoe" in kinds else 1)),
+        "max_model_len": max(prompts) + new_tokens + 1,
+        "gpu_memory_utilization": 0.4,  # both engines are there at the same time
+        **({"async_scheduling": False} if paired else {}),
+        **(options or {}),
+    }
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if paired else {}
+    start = {"model": str(model), "options": settings, "spec": spec}
+    engines: dict[bool, Engine] = {}
+    rows: list[Row] = []
     try:
-        for count in concurrencies:
-            for engine in (without, with_plugin):
-                engine.run(count, 0)
-            with_plugin.run(count, count)
-            found: dict[str, list[dict[str, float]]] = {"without": [], **{share: [] for share in SHARES}}
-            for turn in range(rounds):
-                asked: list[tuple[str, Engine, int]] = [("without", without, 0)]
-                for share, part in SHARES.items():
-                    # at least one, else "some" of a single request is none
-                    asked.append((share, with_plugin, max(1, round(part * count)) if part else 0))
-                for name, engine, adapted in asked if turn % 2 == 0 else reversed(asked):
-                    found[name].append(engine.run(count, adapted))
-            for name, turns in found.items():
-                medians = {key: statistics.median(one[key] for one in turns) for key in turns[0]}
-                pairs = zip(turns, found["without"], strict=True)
-                ratio = statistics.median(one["tokens_per_second"] / base["tokens_per_second"] for one, base in pairs)
-                rows.append({"concurrency": count, "adapted": name, "ratio": ratio, **medians})
+        for plugin in (False, True):  # one after the other: each looks how much memory is free
+            say(f"starting vLLM {'with' if plugin else 'without'} the plugin")
+            engines[plugin] = Engine(start, plugin, environment)
+            engines[plugin].ready()
+        for prompt in prompts:
+            for count in requests:
+                rows += _case(engines, prompt, new_tokens, count, repeats, seed, say)
     finally:
-        without.end()
-        with_plugin.end()
+        for engine in engines.values():
+            engine.end()
     return rows
 
 
-def serve(start: dict[str, Any]) -> None:
-    """The child: an engine that reads `[concurrency, adapted]` from stdin and writes what it took."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from ttrouting.vllm import config, spec
-    from ttrouting.vllm.spec import Facts
-    from vllm import LLM, SamplingParams
-
-    options = start["options"] | ({"additional_config": config()} if start["plugin"] else {})
-    llm = LLM(start["model"], skip_tokenizer_init=True, enable_prefix_caching=False, **options)
-    adapted = None
-    if start["plugin"]:
-        from ttrouting.strategies.static_routing import StaticRouting
-
-        facts = Facts.from_dict(llm.collective_rpc("ttrouting_facts")[0])
-        delta = 0.1 * torch.randn(facts.layers, facts.experts)
-        adapted = {"ttrouting": spec(StaticRouting(delta=delta))}
-    print(json.dumps({"ready": True}), flush=True)
-    size = llm.llm_engine.model_config.get_vocab_size()
-    engine, number = llm.llm_engine, 0
-    for line in sys.stdin:
-        count, wanted = json.loads(line)
-        begin = time.perf_counter()
-        first: dict[str, float] = {}
-        last: dict[str, float] = {}
-        for i in range(count):
-            params = SamplingParams(
-                temperature=0,
-                max_tokens=NEW,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=adapted if i < wanted else None,
+def _case(
+    engines: Mapping[bool, Engine],
+    prompt: int,
+    new_tokens: int,
+    count: int,
+    repeats: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """All versions of one number of requests."""
+    adapted = {NO_PLUGIN: 0, "none": 0}
+    if count > 1:
+        adapted["some"] = max(1, count // SOME)
+    adapted["all"] = count
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in adapted}
+    order = Random(seed)
+    for repetition in range(repeats + 1):
+        what = f"repetition {repetition} of {repeats}" if repetition else "warm-up"
+        say(f"{count} requests of {prompt} tokens: {what}")
+        names = list(adapted)
+        order.shuffle(names)
+        for name in names:
+            took = engines[name != NO_PLUGIN].run(
+                requests=count, adapted=adapted[name], prompt=prompt, new_tokens=new_tokens, seed=seed + repetition
             )
-            prompt: Any = {"prompt_token_ids": torch.randint(3, size, (PROMPT,)).tolist()}
-            number += 1
-            engine.add_request(str(number), prompt, params)
-        tokens = 0
-        while engine.has_unfinished_requests():
-            for out in engine.step():
-                now = time.perf_counter() - begin
-                first.setdefault(out.request_id, now)
-                last[out.request_id] = now
-                tokens += len(out.outputs[0].token_ids) if out.finished else 0
-        took = time.perf_counter() - begin
-        each = [(last[name] - first[name]) / (NEW - 1) for name in last]
-        row = {
-            "tokens_per_second": tokens / took,
-            "first_token_ms": 1000 * statistics.median(first.values()),
-            "next_token_ms": 1000 * statistics.median(each),
-        }
-        print(json.dumps(row), flush=True)
+            if repetition:
+                found[name].append(took)
 
+    def of(name: str, quantity: str) -> list[float]:
+        return [took[quantity] for took in found[name]]
 
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    base = of(NO_PLUGIN, "tokens_per_second")
+    return [
+        Row(
+            prompt,
+            new_tokens,
+            count,
+            name,
+            adapted[name],
+            Spread.of(of(name, "tokens_per_second")),
+            Spread.of(of(name, "first_token_ms")),
+            Spread.of(of(name, "next_token_ms")),
+            Spread.of_ratios(of(name, "tokens_per_second"), base),
+        )
+        for name in adapted
+    ]
