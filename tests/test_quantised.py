@@ -210,12 +210,23 @@ def test_rerouting_is_refused_with_the_reason_and_the_next_action(bad):
     assert trace(model) == before
 
 
+def near_greedy(model, out, start):
+    """Whether a full forward with the delta makes each written token its best, or as good as that.
+
+    Activations that are quantised as they come round otherwise beside a cache: what is nearly a tie falls either way.
+    """
+    with plain_routing(model, delta=DELTA):
+        logits = full_logits(model, out)[:, start - 1 : -1]
+    written = logits.gather(-1, out[:, start:, None])[..., 0]
+    return bool((logits.amax(-1) - written < 0.02 * logits.std()).all())
+
+
 def test_the_other_strategies_work_there(bad, prompts):
     model, ids = bad[0], prompts(10)
     out, _ = run(model, ids, ttr.StaticRouting(delta=DELTA))
-    assert torch.equal(out, greedy(model, ids, 6, delta=DELTA))
+    assert near_greedy(model, out, ids.shape[1])
     plain = run(model, ids, [])[0]
-    assert not torch.equal(out, plain), "the delta changed nothing: the test cannot tell"
+    assert not near_greedy(model, plain, ids.shape[1]), "the delta changed nothing: the test cannot tell"
     for strategy in (ttr.DynamicK(p=0.2), ttr.SCMoE(beta=2.0), ttr.StaticRouting(mask=DELTA < 1)):
         assert not torch.equal(run(model, ids, strategy)[0], plain)
 
