@@ -39,7 +39,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         refset: a reference set, its folder, or `pocket` for the one shipped for the pocket model.
         deltas: folder that `ttrouting refset fit` wrote into; None: the set's own.
         k: references that vote.
-        min_share: share of the vote that the leading task needs; high, for a task that looks like another may need none.
+        min_share: share of the vote that the leading task needs; high, as a task that looks like it may need none.
         min_similarity: cosine to the nearest reference that a prompt needs; None: three quarters of the
             least that the set's own questions were measured to have when the deltas were fitted.
         embed_on: what of a prompt is compared with references, which are single questions: `question`, from where the
