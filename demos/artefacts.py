@@ -52,7 +52,12 @@ STEPS = (
     Step(
         "refset",
         "minutes",
-        (f"{WEIGHTS}/model.safetensors", f"{WEIGHTS}/tokenizer.json", "demos/pocket_records.py"),
+        (
+            f"{WEIGHTS}/model.safetensors",
+            f"{WEIGHTS}/tokenizer.json",
+            "demos/pocket_records.py",
+            "ttrouting/pocket/skills.py",
+        ),
         (f"{SET}/manifest.json",),
         (
             f"mkdir -p {DRAFT} && python demos/pocket_records.py --n 100 > {DRAFT}/records.jsonl",
