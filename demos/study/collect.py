@@ -3,8 +3,8 @@
     python -m demos.study.collect            of the shipped model, as far as its study has come
 
 What the file holds already and still holds true stays (`earlier`). Of each variant and set: which questions were
-right, as a string of 0 and 1, and what it cost. A set counts when all
-of its questions were answered; the page says what is missing.
+right, as a string of 0 and 1, and what it cost. A set counts when all of its questions were answered; the page says
+what is missing.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def collect(out: Path = OUT, n: int = 500, file: Path = RESULTS) -> dict[str, An
                 if (folder / COMPARISON).exists():
                     _add(runs, found, shots, variant, name, folder)
         found["runs"][shots] = {name: _settled(one) for name, one in runs.items() if one["base"]}
-        files = [(name, file_of(place, name)) for name in dict.fromkeys(n for v in VARIANTS for n in v.sets)]
+        asked = [(name, file_of(place, name)) for name in dict.fromkeys(n for v in VARIANTS for n in v.sets)]
         measured = found["oracles"].setdefault(shots, {})
-        measured |= {name: _oracle(file) for name, file in files if file.exists()}
+        measured |= {name: _oracle(own) for name, own in asked if own.exists()}
     if found["about"] is None:
         raise ttr.ConfigError(f"{places[0].home} holds no run of this model. Run one: python -m demos.study.run")
     found["about"]["made_from"] = made_from(places[0])

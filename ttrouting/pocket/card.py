@@ -40,13 +40,10 @@ def overall(loads: Mapping[Pair, torch.Tensor]) -> torch.Tensor:
 def expert_facts(loads: Mapping[Pair, torch.Tensor]) -> dict[str, Any]:
     """The template's fields about experts: who is used how often, and what for."""
     load = overall(loads)
-    by_dialect = {
-        dialect: torch.stack([loads[pair] for pair in trained_pairs() if pair[1] == dialect]).mean(0)
-        for dialect in DIALECTS
-    }
+    trained = {dialect: [loads[pair] for pair in trained_pairs() if pair[1] == dialect] for dialect in DIALECTS}
+    by_dialect = {dialect: torch.stack(shares).mean(0) for dialect, shares in trained.items()}
     dialect_bits = mutual_information(list(by_dialect.values()))
-    in_digits = [loads[pair] for pair in trained_pairs() if pair[1] == DIALECTS[0]]
-    skill_bits = mutual_information(in_digits)
+    skill_bits = mutual_information(trained["digits"])
     layers = zip(load, dialect_bits, skill_bits, strict=True)
     own = by_dialect["letters"] > by_dialect["digits"]  # [L, E], experts of letters
     return {
@@ -54,7 +51,7 @@ def expert_facts(loads: Mapping[Pair, torch.Tensor]) -> dict[str, Any]:
         "loads": "\n".join(
             f"| {i} | {r.min():.4f} | {r.max():.4f} | {d:.2f} | {s:.2f} |" for i, (r, d, s) in enumerate(layers)
         ),
-        "most_skills": math.log2(len(in_digits)),
+        "most_skills": math.log2(len(trained["digits"])),
         "routes": "\n".join(
             f"| {skill} | {dialect} | {'trained' if (skill, dialect) in trained_pairs() else 'shifted'} "
             f"| {(loads[skill, dialect] * own).sum(1).mean():.2f} | {_favourites(loads[skill, dialect])} |"
