@@ -15,7 +15,7 @@ from ttrouting.target import Target
 from ttrouting.vllm.routing import Layer, Parts, Taps
 from ttrouting.vllm.settings import Settings
 from ttrouting.vllm.slots import Slots
-from ttrouting.vllm.spec import Facts, parse
+from ttrouting.vllm.spec import PAIRED, Facts, parse
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def refusals(vllm_config: Any, layers: list[Layer], settings: Settings) -> dict[
         "--max-num-seqs 1": scheduler.max_num_seqs < 2,
         "vLLM's V2 model runner (start with VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
     }
-    for name in ("scmoe", "c3po"):
+    for name in PAIRED:
         for what, is_so in paired.items():
             if is_so and name not in found:
                 found[name] = f"{name} does not run with {what}."

@@ -20,11 +20,11 @@ from typing import Any
 
 from ttrouting.bench.measure import Spread
 from ttrouting.errors import TTRoutingError
+from ttrouting.vllm.spec import PAIRED
 
 NO_PLUGIN = "no plugin"
 SOME = 4  # one of so many requests is adapted
 REQUESTS = (1, 8, 32, 128)
-PAIRED = ("scmoe", "c3po")  # have no part in async scheduling and run on the V1 runner alone
 
 
 class EngineEnded(TTRoutingError):

@@ -24,6 +24,7 @@ from ttrouting.registry import get_strategy
 from ttrouting.strategy import Strategy
 
 KEYS = ("strategies", "no_harm")
+PAIRED = ("scmoe", "c3po")  # have no part in async scheduling and run on the V1 runner alone
 MOST_BYTES = 1 << 22  # of a spec in JSON: a delta for 60 layers of 256 experts has some 300 kB
 
 
