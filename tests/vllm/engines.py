@@ -5,6 +5,7 @@ Imports nothing of vLLM at the top, so that the suite is collected where it is n
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+import ttrouting as ttr
 from families.build import build
 
 os.environ |= {
@@ -25,7 +27,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
-AGREEMENT: dict[tuple[str, str, str], float] = {}  # (family, dtype, strategy) -> share of equal experts
+AGREEMENT = "experts chosen as in transformers"  # the property of a test's report that tells (what of, share)
 
 # vLLM's attention on CPUs takes heads of 32 and more
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -78,6 +80,13 @@ def engine(folder: Path, **options: Any) -> Any:
     return LLM(str(folder), **(settings | options))
 
 
+def put_away(llm: Any) -> None:
+    """End an engine, so that another can be made in this process."""
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Random token ids, no special ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,9 +95,7 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 def deltas(model: Any, count: int, scale: float = 2.0, seed: int = 1) -> list[torch.Tensor]:
     """Random deltas `[L, E]`."""
-    from ttrouting import find_sites
-
-    sites = find_sites(model)
+    sites = ttr.find_sites(model)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(sites), max(site.num_experts for site in sites))
     return [scale * torch.randn(shape, generator=generator) for _ in range(count)]
@@ -127,11 +134,36 @@ def expected(
     model: Any, prompt: list[int], strategies: Any = (), tokens: int = 12, no_harm: bool = True
 ) -> list[int]:
     """What transformers writes with the same strategies."""
-    import ttrouting as ttr
-
     ids = torch.tensor([prompt])
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False}
     if not strategies:
         return model.generate(ids, **options)[0, len(prompt) :].tolist()
     with ttr.adapt(model, as_in_vllm(strategies), no_harm=no_harm) as adapted:
         return adapted.generate(ids, **options)[0, len(prompt) :].tolist()
+
+
+def one_of_each(model: Any) -> list[list[Any]]:
+    """One of each kind, and a plain request."""
+    one, two = deltas(model, 2)
+    mask = torch.zeros(one.shape, dtype=torch.bool)
+    mask[:, ::2] = True
+    entropy = ttr.DynamicK(rule="entropy", tau=0.7, p=0.4)
+    return [
+        [ttr.StaticRouting(delta=one)],
+        [],
+        [ttr.DynamicK(p=0.5)],
+        [ttr.ExpertMask(mask=mask)],
+        [ttr.StaticRouting(delta=two), entropy],
+        [ttr.SCMoE(beta=0.7)],
+    ]
+
+
+def all_equal(model: Any, llm: Any, given: list[list[Any]]) -> None:
+    """Requests with these strategies, beside each other and twice, write what transformers does."""
+    from ttrouting import vllm as ttv
+
+    texts = prompts(7, 20, 33, 12, 40, 9)[: len(given)]
+    wanted = [expected(model, text, own) for text, own in zip(texts, given, strict=True)]
+    params = [sampling(ttv.spec(own) if own else None) for own in given]
+    for _ in range(2):
+        assert write(llm, texts, params) == wanted

@@ -1,4 +1,4 @@
-"""The same in other layouts: compiled, in half precision, with drafted tokens, over two processes; or refused."""
+"""The same in other layouts: in half precision, with drafted tokens, over two processes; or refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import deltas, engine, expected, prompts, report, sampling, saved, write
+from engines import all_equal, deltas, engine, expected, one_of_each, prompts, put_away, sampling, write
 
 pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here: make test-vllm")
 
@@ -20,51 +20,6 @@ from ttrouting.errors import CoverageError, UnsupportedModelError
 from ttrouting.vllm.attach import check_engine, moe_runners
 
 
-@pytest.fixture(scope="module")
-def olmoe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    return saved("olmoe", tmp_path_factory.mktemp("olmoe"))
-
-
-def strategies(model: Any) -> list[list[Any]]:
-    """One of each kind, and a plain request."""
-    one, two = deltas(model, 2)
-    mask = torch.zeros(one.shape, dtype=torch.bool)
-    mask[:, ::2] = True
-    entropy = ttr.DynamicK(rule="entropy", tau=0.7, p=0.4)
-    return [
-        [ttr.StaticRouting(delta=one)],
-        [],
-        [ttr.DynamicK(p=0.5)],
-        [ttr.ExpertMask(mask=mask)],
-        [ttr.StaticRouting(delta=two), entropy],
-        [ttr.SCMoE(beta=0.7)],
-    ]
-
-
-def all_equal(model: Any, llm: Any, given: list[list[Any]]) -> None:
-    texts = prompts(7, 20, 33, 12, 40, 9)[: len(given)]
-    wanted = [expected(model, text, own) for text, own in zip(texts, given, strict=True)]
-    params = [sampling(ttv.spec(own) if own else None) for own in given]
-    for _ in range(2):
-        assert write(llm, texts, params) == wanted
-
-
-def end(llm: Any) -> None:
-    llm.llm_engine.engine_core.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_compiled(olmoe: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, folder = olmoe
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    llm = engine(folder, enforce_eager=False)
-    all_equal(model, llm, strategies(model))
-    found = report(llm)
-    assert found["free_slots"] == found["slots"]
-    end(llm)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes(olmoe: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,11 +27,11 @@ def test_two_processes(olmoe: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     llm = engine(folder, tensor_parallel_size=2)
-    all_equal(model, llm, strategies(model))
+    all_equal(model, llm, one_of_each(model))
     reports = llm.collective_rpc("ttrouting_report")
     assert len(reports) == 2
     assert reports[0]["totals"] == reports[1]["totals"]
-    end(llm)
+    put_away(llm)
 
 
 def test_drafted_tokens(olmoe: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +40,10 @@ def test_drafted_tokens(olmoe: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     llm = engine(folder, speculative_config=drafts)
-    all_equal(model, llm, strategies(model)[:-1])
+    all_equal(model, llm, one_of_each(model)[:-1])
     with pytest.raises(VLLMValidationError, match="speculative decoding"):
         write(llm, prompts(5), [sampling(ttv.spec(ttr.SCMoE()))])
-    end(llm)
+    put_away(llm)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -109,11 +64,11 @@ def test_plain_requests_keep_their_bits(olmoe: tuple[Any, Path], dtype: str) -> 
     without = run(llm, adapted=False)
     with pytest.raises(VLLMValidationError, match="started without ttrouting"):
         run(llm, adapted=True)
-    end(llm)
+    put_away(llm)
     llm = engine(folder, dtype=dtype, enable_prefix_caching=False)
     assert run(llm, adapted=False) == without
     assert run(llm, adapted=True) == without
-    end(llm)
+    put_away(llm)
 
 
 def test_parts_that_the_engine_was_not_started_with(olmoe: tuple[Any, Path]) -> None:
@@ -121,7 +76,7 @@ def test_parts_that_the_engine_was_not_started_with(olmoe: tuple[Any, Path]) -> 
     llm = engine(folder, additional_config=ttv.config(parts=("delta",)))
     with pytest.raises(VLLMValidationError, match="started without 'scmoe'"):
         write(llm, prompts(5), [sampling(ttv.spec(ttr.SCMoE()))])
-    end(llm)
+    put_away(llm)
 
 
 def test_a_bypassed_router_ends_the_engine(olmoe: tuple[Any, Path]) -> None:
@@ -134,7 +89,7 @@ def test_a_bypassed_router_ends_the_engine(olmoe: tuple[Any, Path]) -> None:
     assert write(llm, prompts(5), [sampling()]) == [expected(model, prompts(5)[0])]
     with pytest.raises(CoverageError, match="bypassed"):
         write(llm, prompts(5), [sampling(ttv.spec(ttr.StaticRouting(delta=delta)))])
-    end(llm)
+    put_away(llm)
 
 
 def test_an_artefact_of_another_model_stops_the_start(olmoe: tuple[Any, Path], tmp_path: Path) -> None:

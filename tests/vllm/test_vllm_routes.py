@@ -74,20 +74,20 @@ def strategies(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "delta"])
-def test_every_expert_is_the_same_in_fp32(both: tuple[Any, Any], kind: str) -> None:
+def test_every_expert_is_the_same_in_fp32(both: tuple[Any, Any], kind: str, record_property: Any) -> None:
     model, llm = both
     share = agreement(model, llm, strategies(model)[kind], tokens=8)
-    AGREEMENT[model.config.model_type, "float32", kind] = share
+    record_property(AGREEMENT, (f"{model.config.model_type}, float32, {kind}", share))
     assert share == 1
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
-def test_nearly_all_are_in_bfloat16(family: str, tmp_path: Path) -> None:
+def test_nearly_all_are_in_bfloat16(family: str, tmp_path: Path, record_property: Any) -> None:
     model, folder = saved(family, tmp_path)
     model = model.to(torch.bfloat16)
     llm = engine(folder, dtype="bfloat16")
     for kind, strategy in strategies(model).items():
         share = agreement(model, llm, strategy, tokens=1)  # later tokens would follow other texts
-        AGREEMENT[family, "bfloat16", kind] = share
+        record_property(AGREEMENT, (f"{family}, bfloat16, {kind}", share))
         assert share > 0.97
     llm.llm_engine.engine_core.shutdown()
