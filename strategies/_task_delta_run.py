@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,9 @@ from ttrouting.strategies._task_votes import (
     compared_tokens,
     mean_deltas,
     question_starts,
+    refusal,
+    told,
+    verdict,
 )
 from ttrouting.strategy import RoutingRun, restored_delta
 from ttrouting.summary import RoutingSummary, changes, summarise
@@ -77,7 +79,8 @@ class TaskDeltaRun(RoutingRun):
             query, log_before = self._embedding(context, opening)
         clock.lap("read")
         votes = ask_votes(self.strategy, query)
-        outcomes = [self._refusal(vote) for vote in votes]
+        no_harm = session.plan.target.no_harm
+        outcomes = [refusal(self.strategy, vote, no_harm) for vote in votes]
         wanted = torch.tensor([not outcome for outcome in outcomes], device=self.delta.device)  # [B]
         clock.lap("vote")
         adapted, kl = None, [0.0] * len(votes)
@@ -86,7 +89,7 @@ class TaskDeltaRun(RoutingRun):
             with summarise(session) as adapted:
                 _, log_after = opening.end()
             kl = divergence(log_after, log_before).tolist()
-            outcomes = [outcome or self._verdict(kl[i]) for i, outcome in enumerate(outcomes)]
+            outcomes = [outcome or verdict(self.strategy, kl[i], no_harm) for i, outcome in enumerate(outcomes)]
             accepted = torch.tensor([outcome == "accepted" for outcome in outcomes], device=self.delta.device)
             self.delta = torch.where(accepted[:, None, None], self.delta, 0)
             if bool(accepted.any()) and not torch.equal(accepted, wanted):
@@ -123,46 +126,15 @@ class TaskDeltaRun(RoutingRun):
             _, log_before = opening.begin()
         return recorder.pooled().double().cpu().numpy(), log_before
 
-    def _refusal(self, vote: Vote) -> str:
-        """Why a sequence keeps its base routing whatever the deltas would do; empty if it does not."""
-        options, bank = self.strategy, self.strategy.bank
-        share, task = vote.shares[vote.leader], bank.tasks.get(vote.leader)
-        least = bank.familiar if options.min_similarity is None else options.min_similarity
-        if vote.similarity < least:
-            return f"skipped: {vote.similarity:.2f} similar to the nearest reference, {least:.2f} is needed"
-        if share < options.min_share:
-            return f"skipped: the vote is not decided, {vote.leader} has {share:.2f} of it"
-        # a minority's delta alone is no better confirmed for this prompt than none
-        others = any(one.task in vote.shares for one in bank.accepted) and not self.session.plan.target.no_harm
-        if (task is None or task.row < 0) and not others:
-            return f"skipped: no delta for {vote.leader} ({task.outcome if task else 'not fitted'})"
-        return ""
-
-    def _verdict(self, kl: float) -> str:
-        if not isfinite(kl):
-            return "rolled back: the adapted next-token distribution is no number"
-        if self.session.plan.target.no_harm and kl > self.strategy.kl_limit:
-            return f"rolled back: next-token KL {kl:.2f} over {self.strategy.kl_limit:g}"
-        return "accepted"
-
     def _note(
         self, i: int, vote: Vote, outcome: str, kl: float, base: RoutingSummary, adapted: RoutingSummary | None
     ) -> dict[str, Any]:
         """What happened to a sequence, as plain values."""
-        tasks = self.strategy.bank.tasks
         names = [site.name for site in self.session.sites]
         moved = outcome == "accepted" and adapted is not None
         return {
             "outcome": outcome,
-            "votes": [
-                {
-                    "task": task,
-                    "share": round(share, 4),
-                    "delta": tasks[task].outcome if task in tasks else "not fitted",
-                }
-                for task, share in vote.shares.items()
-            ],
-            "similarity": round(vote.similarity, 4),
+            **told(self.strategy, vote),
             "kl": kl,
             "layers": names[self.first :] if moved else [],
             "experts": changes(base, adapted, i, names) if moved and adapted is not None else [],

@@ -6,6 +6,7 @@ Legend: `B` sequences, `P` positions, `k` neighbours, `G` accepted tasks, `L` Mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,3 +81,38 @@ def mean_deltas(options: TaskDelta, votes: list[Vote], like: Tensor) -> Tensor:
     bank = options.bank
     shares = [[vote.shares.get(task.task, 0.0) for task in bank.accepted] for vote in votes]  # [B, G]
     return torch.einsum("bg,gle->ble", like.new_tensor(shares), torch.from_numpy(bank.values).to(like))
+
+
+def refusal(options: TaskDelta, vote: Vote, no_harm: bool) -> str:
+    """Why a sequence keeps its base routing whatever the deltas would do; empty if it does not."""
+    bank = options.bank
+    share, task = vote.shares[vote.leader], bank.tasks.get(vote.leader)
+    least = bank.familiar if options.min_similarity is None else options.min_similarity
+    if vote.similarity < least:
+        return f"skipped: {vote.similarity:.2f} similar to the nearest reference, {least:.2f} is needed"
+    if share < options.min_share:
+        return f"skipped: the vote is not decided, {vote.leader} has {share:.2f} of it"
+    # a minority's delta alone is no better confirmed for this prompt than none
+    others = any(one.task in vote.shares for one in bank.accepted) and not no_harm
+    if (task is None or task.row < 0) and not others:
+        return f"skipped: no delta for {vote.leader} ({task.outcome if task else 'not fitted'})"
+    return ""
+
+
+def verdict(options: TaskDelta, kl: float, no_harm: bool) -> str:
+    """What becomes of a delta whose next-token distribution is this far from base, in nats."""
+    if not isfinite(kl):
+        return "rolled back: the adapted next-token distribution is no number"
+    if no_harm and kl > options.kl_limit:
+        return f"rolled back: next-token KL {kl:.2f} over {options.kl_limit:g}"
+    return "accepted"
+
+
+def told(options: TaskDelta, vote: Vote) -> dict[str, Any]:
+    """A vote as plain values, for reports."""
+    tasks = options.bank.tasks
+    votes = [
+        {"task": task, "share": round(share, 4), "delta": tasks[task].outcome if task in tasks else "not fitted"}
+        for task, share in vote.shares.items()
+    ]
+    return {"votes": votes, "similarity": round(vote.similarity, 4)}

@@ -71,13 +71,17 @@ def tokens_from(rows: list[list[int]], starts: list[int], tokenizer: Any) -> Ten
     Args:
         rows: token ids of `B` texts without padding, `P` the longest. starts: `B` positions.
     """
-    special = set(getattr(tokenizer, "all_special_ids", ()))
     chosen = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        leading = next((n for n, token in enumerate(row) if token not in special), len(row))
-        chosen[i, :leading] = True
+        chosen[i, : leading_special(row, tokenizer)] = True
         chosen[i, start : len(row)] = True
     return chosen
+
+
+def leading_special(ids: list[int], tokenizer: Any) -> int:
+    """How many special tokens a text begins with."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    return next((n for n, token in enumerate(ids) if token not in special), len(ids))
 
 
 def token_starts(ids: list[int], tokenizer: Any) -> tuple[str, list[int]]:

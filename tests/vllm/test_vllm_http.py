@@ -21,6 +21,7 @@ pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here: 
 
 import ttrouting as ttr
 from ttrouting import vllm as ttv
+from ttrouting.pocket.skills import sample
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed here: make test-vllm")
 
@@ -47,7 +48,17 @@ def client(tmp_path_factory: pytest.TempPathFactory, artefact: Path) -> Iterator
     log = tmp_path_factory.mktemp("server") / "log"
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     run = [sys.executable, "-m", "ttrouting", "serve", "--artefact", f"poet={artefact}", "--port", str(port)]
-    run += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
+    run += [
+        "--refset",
+        "pocket=pocket",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "8",
+    ]
     run += ["--block-size", "32", "--num-gpu-blocks-override", "100"]
     with log.open("w") as written:
         server = subprocess.Popen(run, stdout=written, stderr=subprocess.STDOUT, env=environment)
@@ -86,7 +97,7 @@ def wanted(pocket: Any, prompt: str, strategies: Any = (), tokens: int = 16) -> 
     length = inputs["input_ids"].shape[1]
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if strategies:
-        with ttr.adapt(model, engines.as_in_vllm(strategies)) as adapted:
+        with ttr.adapt(model, engines.as_in_vllm(strategies), tokenizer=tokenizer) as adapted:
             out = adapted.generate(**inputs, **options)
     else:
         out = model.generate(**inputs, **options)
@@ -107,6 +118,13 @@ def test_strategies_over_http(client: Any, pocket: Any, artefact: Path) -> None:
         ):
             found = complete(client, prompt, ttv.spec_json(given)).choices[0].text
             assert found == wanted(pocket, prompt, own)
+
+
+def test_what_a_task_was_taught_over_http(client: Any, pocket: Any) -> None:
+    prompts = [question.prompt for question in sample("reverse", "letters", "test", 4)]
+    own = [complete(client, prompt, ttv.spec_json(ttr.TaskDelta())).choices[0].text for prompt in prompts]
+    assert own == [wanted(pocket, prompt, [ttr.TaskDelta()]) for prompt in prompts]
+    assert own != [wanted(pocket, prompt) for prompt in prompts]
 
 
 def test_a_stream_shows_one_stream(client: Any, pocket: Any) -> None:

@@ -116,13 +116,17 @@ def refusals(vllm_config: Any, layers: list[Layer], settings: Settings) -> dict[
             f"Masks do not run in vLLM on routers with groups or a correction bias ({grouped[0]}): a masked expert "
             "could still be chosen. Use transformers, or a negative delta."
         )
-    names = {"dynamic_k": ("dynamic_k",), "scmoe": ("scmoe",), "c3po": ("c3po",), "mask": ("mask", "expert_mask")}
+    names = {
+        "delta": ("static_routing", "task_delta", "rerouting"),
+        "dynamic_k": ("dynamic_k",),
+        "scmoe": ("scmoe",),
+        "c3po": ("c3po",),
+        "mask": ("mask", "expert_mask"),
+    }
     for part, strategies in names.items():
         if part not in settings.parts:
             for name in strategies:
                 found[name] = f"This engine was started without {part!r} in additional_config.ttrouting.parts."
-    if "delta" not in settings.parts:
-        found["static_routing"] = "This engine was started without 'delta' in additional_config.ttrouting.parts."
     scheduler = vllm_config.scheduler_config
     paired = {
         "speculative decoding": vllm_config.speculative_config is not None,

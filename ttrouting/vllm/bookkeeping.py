@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttrouting.objective import divergence
+from ttrouting.strategies._task_votes import verdict
 from ttrouting.vllm.attach import Attached
 from ttrouting.vllm.neighbours import override_logits
 from ttrouting.vllm.routing import Parts
 from ttrouting.vllm.settings import KEY
 from ttrouting.vllm.slots import WATCHED
 from ttrouting.vllm.spec import Wanted, parse
+from ttrouting.vllm.voting import voted
 
 KEEP_REPORTS = 1000
 KEEP_PARSED = 64
@@ -32,9 +35,12 @@ class Held:
         wanted: its routing. prompt: tokens of its prompt. partner: of SCMoE, the request of the other stream.
         weak: whether this is the weak stream. learned: `[L, E]`, a delta that was optimised for it.
         override: `[L, E]` router logits for its last prompt token, once they are known; `first` lowest such layer.
-        read: whether C3PO has read its prompt. total: `[D]`, sum of the hidden states of all prompt tokens but the
-            last. rows: of this forward, `(first token, how many are of the prompt, position of the first)`.
-            watched: column of `Slots.seen` in which its last prompt token stands.
+        read: whether C3PO or TaskDelta are done with its prompt. total: `[D]`, sum of the hidden states that are
+            compared with references; with C3PO of all prompt tokens but the last. rows: of this forward,
+            `(first token, how many are of the prompt, position of the first)`.
+            watched: column of `Slots.seen` in which its last prompt token stands. compared: prompt tokens that
+            TaskDelta compares, see `voting.compared`. before: `[V]` log-probabilities of its next token under its
+            base routing, once neighbours have voted for another.
         steps: sampling steps. alone: steps that were put off because the other stream was not there.
     """
 
@@ -51,10 +57,17 @@ class Held:
     total: Tensor | None = None
     rows: tuple[int, int, int] = (0, 0, 0)
     watched: int | None = None
+    compared: tuple[int, int] = (0, 0)
+    before: Tensor | None = None
     steps: int = 0
     alone: int = 0
     limited: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reading(self) -> bool:
+        """Whether what its prompt is like decides how it will be routed, and that is not decided yet."""
+        return not self.read and (self.wanted.c3po is not None or self.wanted.task_delta is not None)
 
 
 class Bookkeeping:
@@ -93,6 +106,7 @@ class Bookkeeping:
             partner=data.get("partner"),
             weak=data.get("weak", False),
             learned=None if learned is None else torch.as_tensor(learned, dtype=torch.float32),
+            compared=tuple(data.get("compared", (0, 0))),
             facts=dict(data.get("facts", {})),
         )
         self.totals["requests"] += 1
@@ -152,8 +166,9 @@ class Bookkeeping:
                 now.dynamic_k |= wanted.dynamic_k is not None and not held.weak
                 now.scmoe |= held.weak
                 last = held.prompt - 1 - int(before)
-                if wanted.c3po is not None and not held.read:
+                if held.reading:
                     held.rows = (begin, min(int(count), held.prompt - int(before)), int(before))
+                if wanted.c3po is not None and not held.read:
                     held.watched = None
                     if 0 <= last < count and len(watched) < WATCHED:
                         held.watched = len(watched)
@@ -170,40 +185,72 @@ class Bookkeeping:
     def _fill(self, held: Held) -> None:
         held.slot = self.slots.take(held.wanted, held.weak)
         if held.learned is not None:
-            self.slots.add_delta(held.slot, held.learned)
+            self.slots.set_delta(held.slot, held.wanted.delta, held.learned)
         if held.override is not None:
             self.slots.set_override(held.slot, held.override, held.first)
 
-    def read_prompts(self, rows: Mapping[str, int], hidden: Tensor) -> list[int]:
-        """C3PO, after a forward: rows whose sample must wait, because their last prompt token is read once more.
+    def read_prompts(self, rows: Mapping[str, int], hidden: Tensor, logits: Tensor) -> list[int]:
+        """After a forward: rows whose sample must wait, because C3PO or TaskDelta have their prompt read once more.
 
         Args:
-            rows: row of each request in the batch. hidden: `[tokens, D]` last hidden states.
+            rows: row of each request in the batch. hidden: `[tokens, D]` last hidden states. logits: `[rows, V]`.
         """
         waiting = []
         for request_id, row in rows.items():
             held = self.requests.get(request_id)
-            if held is None or held.wanted.c3po is None or held.read:
+            if held is None or not held.reading or held.rows[1] <= 0:
                 continue
-            begin, count, before = held.rows
-            if count <= 0:
-                continue
-            ends = before + count == held.prompt
-            body = hidden[begin : begin + count - ends].float().sum(0)  # [D]
-            held.total = body if held.total is None else held.total + body
-            if not ends:
-                continue
-            if held.watched is None:
-                waiting.append(row)
-                continue
-            pooled = (held.total + hidden[begin + count - 1].float()) / held.prompt
-            seen = self.slots.seen[:, held.watched]
-            held.override, held.facts = override_logits(held.wanted.c3po, self.attached.layers, seen, pooled)
-            held.read, held.first = True, held.wanted.c3po.first_layer(len(self.attached.layers))
-            if held.override is not None and held.slot is not None:
-                self.slots.set_override(held.slot, held.override, held.first)
+            begin, count, _ = held.rows
+            own = hidden[begin : begin + count].float()  # [n, D]
+            again = self._ask(held, own) if held.wanted.c3po is not None else self._vote(held, own, logits[row])
+            if again:
                 waiting.append(row)
         return waiting
+
+    def _ask(self, held: Held, hidden: Tensor) -> bool:
+        """C3PO: the last prompt token is read again with the logits that its neighbours suggest."""
+        _, count, before = held.rows
+        ends = before + count == held.prompt
+        body = hidden[: count - ends].sum(0)  # [D]
+        held.total = body if held.total is None else held.total + body
+        if not ends:
+            return False
+        if held.watched is None:
+            return True
+        pooled = (held.total + hidden[-1]) / held.prompt
+        seen = self.slots.seen[:, held.watched]
+        held.override, held.facts = override_logits(held.wanted.c3po, self.attached.layers, seen, pooled)
+        held.read, held.first = True, held.wanted.c3po.first_layer(len(self.attached.layers))
+        if held.override is None or held.slot is None:
+            return False
+        self.slots.set_override(held.slot, held.override, held.first)
+        return True
+
+    def _vote(self, held: Held, hidden: Tensor, logits: Tensor) -> bool:
+        """TaskDelta: the prompt is read again under the delta that its neighbours vote for, and a third time without
+        it if that is not accepted."""
+        _, count, before = held.rows
+        leading, start = held.compared
+        if held.before is None:
+            chosen = hidden[: max(0, leading - before)].sum(0) + hidden[max(0, start - before) :].sum(0)  # [D]
+            held.total = chosen if held.total is None else held.total + chosen
+        if before + count < held.prompt:
+            return False
+        options, no_harm, again = held.wanted.task_delta, held.wanted.no_harm, False
+        log_p = logits.float().log_softmax(-1)  # [V]
+        if held.before is not None:
+            kl = float(divergence(log_p, held.before))
+            outcome = verdict(options, kl, no_harm)
+            held.facts = {"outcome": outcome, **held.facts, "kl": kl}
+            again, held.read, held.before = outcome != "accepted", True, None
+            held.learned = None if again else held.learned
+        elif held.total is not None:
+            held.learned, held.facts = voted(options, held.total / (leading + held.prompt - start), no_harm)
+            again = held.learned is not None
+            held.read, held.before = not again, log_p if again else None
+        if again and held.slot is not None:
+            self.slots.set_delta(held.slot, held.wanted.delta, held.learned)
+        return again
 
     def after_forward(self) -> None:
         """Prove that the forward did what it should; on accelerators the first one, and each request at its end."""

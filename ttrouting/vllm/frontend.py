@@ -17,6 +17,7 @@ from ttrouting.errors import TTRoutingError, UnsupportedCallError
 from ttrouting.vllm.patching import wrap
 from ttrouting.vllm.settings import KEY, Settings, read_settings
 from ttrouting.vllm.spec import Facts, Wanted, parse, read
+from ttrouting.vllm.voting import compared
 
 ABSENT = object()
 OFF = (
@@ -49,7 +50,7 @@ class Admission:
             raise UnsupportedCallError(OFF)
         data = read(value)
         wanted = parse(data, self.settings, self.facts)
-        special = [name for name in ("scmoe", "c3po", "rerouting") if getattr(wanted, name) is not None]
+        special = wanted.rereading
         if special and params.prompt_logprobs is not None:
             raise UnsupportedCallError(
                 f"prompt_logprobs are not defined with {special[0]}: prompts are read more than once. Leave them out."
@@ -58,8 +59,11 @@ class Admission:
             raise UnsupportedCallError(f"{' and '.join(special)} do not run together in vLLM. Keep one of them.")
         return data, wanted
 
-    def admit(self, request: Any, data: dict[str, Any], wanted: Wanted) -> None:
+    def admit(self, request: Any, data: dict[str, Any], wanted: Wanted, tokenizer: Any) -> None:
         """Write into an engine request what the scheduler and the workers need.
+
+        Args:
+            tokenizer: of the engine; None where it was started without.
 
         Raises:
             TTRoutingError: the prompt is of a kind or size that cannot be adapted.
@@ -69,7 +73,7 @@ class Admission:
         if wanted.identity:  # nothing is to be done: the request is a plain one
             params.extra_args = extra or None
             return
-        kinds = [name for name in ("scmoe", "c3po", "rerouting") if getattr(wanted, name) is not None]
+        kinds = wanted.rereading
         if kinds and (request.prompt_token_ids is None or request.mm_features or request.resumable):
             raise UnsupportedCallError(
                 f"{kinds[0]} in vLLM reads text prompts only: no embeddings, pictures, sessions."
@@ -81,10 +85,12 @@ class Admission:
             options = dataclasses.asdict(wanted.rerouting)
             told["rerouting"] = {"options": options, "shape": [self.facts.layers, self.facts.experts]}
             told["no_harm"] = wanted.no_harm
+        if "task_delta" in kinds:
+            told["compared"] = compared(wanted.task_delta, list(request.prompt_token_ids), tokenizer)
         params.extra_args = {**extra, KEY: told}
         changes_cache = wanted.delta is not None or wanted.mask is not None or wanted.dynamic_k is not None
         salt = [request.cache_salt or "", "ttrouting", wanted.digest]
-        if "c3po" in kinds or "rerouting" in kinds:
+        if kinds and "scmoe" not in kinds:
             # what is learned from a whole prompt must not serve another prompt that begins like it
             ids = json.dumps(list(request.prompt_token_ids)).encode()
             salt.append(hashlib.sha256(ids).hexdigest()[:32])
@@ -129,7 +135,7 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             raise _refuse(error) from error
         request = original(self, request_id, prompt, params, *args, **kwargs)
         try:
-            admission.admit(request, data, wanted)
+            admission.admit(request, data, wanted, self.tokenizer)
         except TTRoutingError as error:
             raise _refuse(error) from error
         return request

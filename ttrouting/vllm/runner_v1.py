@@ -74,7 +74,7 @@ def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         rows = self.input_batch.req_id_to_index
         put_off = self.discard_request_mask.np
         pairs, alone = pair_rows(book, rows, ~put_off[: len(rows)])
-        alone += book.read_prompts(rows, state.hidden_states)
+        alone += book.read_prompts(rows, state.hidden_states, state.logits)
         contrast(state.logits, pairs)
         if alone:
             put_off[alone] = True

@@ -1,7 +1,7 @@
 """The same as `runner_v1` for vLLM's V2 model runner, the default on GPUs.
 
-Experimental: it was checked against the runner's classes, and has not run on a GPU yet. SCMoE and C3PO are refused
-with it.
+Experimental: it was checked against the runner's classes, and has not run on a GPU yet. SCMoE, C3PO and TaskDelta
+are refused with it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ one of them would be sampled from is put off (the worker drops the sample, and t
 
 Rerouting: a request waits outside the queue while copies of its prompt, each with a delta of its own, are read; see
 `ttrouting.vllm.evolution`.
+
+C3PO and TaskDelta: when the worker has put the sample at a prompt's end off, the prompt's last token is read again,
+or all of it.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ class Pairs:
     """What is known of the requests of one scheduler.
 
     Attributes:
-        partner: request id -> id of the other stream, both ways. repeated: requests whose last prompt token is read
-            twice. twins: ids of weak streams. learning: requests that wait for their rerouting.
-        copies: id of each copy -> id of the request it is read for. disturbed: a pair was torn apart.
+        partner: request id -> id of the other stream, both ways. repeated: requests of which the last prompt token
+            is read twice (False: C3PO), or the whole prompt (True: TaskDelta). twins: ids of weak streams.
+        learning: requests that wait for their rerouting. copies: id of each copy -> id of the request it is read for.
+        disturbed: a pair was torn apart.
     """
 
     def __init__(self) -> None:
         self.partner: dict[str, str] = {}
-        self.repeated: set[str] = set()
+        self.repeated: dict[str, bool] = {}
         self.twins: set[str] = set()
         self.disturbed = False
         self.learning: dict[str, Learning] = {}
@@ -48,7 +52,7 @@ class Pairs:
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        self.repeated.discard(request_id)
+        self.repeated.pop(request_id, None)
         self.learning.pop(request_id, None)
         self.copies.pop(request_id, None)
         other = self.partner.pop(request_id, None)
@@ -110,8 +114,8 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, request)
             start_learning(self, pairs_of(self), request)
             return
-        if new and "c3po" in kinds:
-            pairs_of(self).repeated.add(request.request_id)
+        if new and ("c3po" in kinds or "task_delta" in kinds):
+            pairs_of(self).repeated[request.request_id] = "task_delta" in kinds
         original(self, request)
 
     return add_request
@@ -210,7 +214,7 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
                 continue
             # read to the end without a sample: the worker put the step off
             if request.status == RequestStatus.RUNNING and request.num_computed_tokens >= request.num_tokens:
-                request.num_computed_tokens = request.num_tokens - 1
+                request.num_computed_tokens = 0 if pairs.repeated.get(request_id) else request.num_tokens - 1
         self.finish_requests(orphans(self, pairs), RequestStatus.FINISHED_ABORTED)
         for request_id in [*pairs.partner, *pairs.repeated]:
             if request_id not in self.requests:

@@ -101,9 +101,9 @@ class Slots:
         self.override[:, slot] = logits.to(self.device)
         self.override_on[first:, slot] = True
 
-    def add_delta(self, slot: int, delta: Tensor) -> None:
-        """Add `[L, E]` to the delta of a slot."""
-        self.delta[:, slot] += delta.to(self.device)
+    def set_delta(self, slot: int, *deltas: Tensor | None) -> None:
+        """Make the sum of these `[L, E]` the delta of a slot; None counts as 0."""
+        self.delta[:, slot] = sum(delta.to(self.device) for delta in deltas if delta is not None)
 
     def give_back(self, slot: int) -> None:
         """Make a slot change nothing again."""

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from ttrouting.errors import CompositionError, ConfigError, UnsupportedCallError, did_you_mean
 from ttrouting.registry import get_strategy
+from ttrouting.strategies.task_delta import TaskDelta
 from ttrouting.strategy import Strategy
 
 KEYS = ("strategies", "no_harm")
-PAIRED = ("scmoe", "c3po")  # have no part in async scheduling and run on the V1 runner alone
+PAIRED = ("scmoe", "c3po", "task_delta")  # have no part in async scheduling and run on the V1 runner alone
+REREADING = (*PAIRED, "rerouting")  # read a prompt more than once: a request has one of them
 MOST_BYTES = 1 << 22  # of a spec in JSON: a delta for 60 layers of 256 experts has some 300 kB
 
 
@@ -111,7 +113,7 @@ class Wanted:
 
     Attributes:
         delta: `[L, E]` fp32 or None. mask: `[L, E]` bool or None. before_scoring: of the mask.
-        dynamic_k, scmoe, c3po, rerouting: the strategies of these names or None.
+        dynamic_k, scmoe, c3po, task_delta, rerouting: the strategies of these names or None.
         no_harm: as in the spec. digest: hash of the whole content: equal ones share cached prefixes.
     """
 
@@ -121,6 +123,7 @@ class Wanted:
     dynamic_k: Any
     scmoe: Any
     c3po: Any
+    task_delta: Any
     rerouting: Any
     no_harm: bool
     digest: str
@@ -128,8 +131,12 @@ class Wanted:
     @property
     def identity(self) -> bool:
         """Whether nothing is to be done."""
-        parts = (self.delta, self.mask, self.dynamic_k, self.scmoe, self.c3po, self.rerouting)
-        return all(part is None for part in parts)
+        return not self.rereading and all(part is None for part in (self.delta, self.mask, self.dynamic_k))
+
+    @property
+    def rereading(self) -> list[str]:
+        """Names of the strategies that read the prompt more than once."""
+        return [name for name in REREADING if getattr(self, name) is not None]
 
 
 def read(value: Any) -> dict[str, Any]:
@@ -184,8 +191,10 @@ def parse(value: Any, names: Names, facts: Facts) -> Wanted:
         else:
             found = [_strategy(entry, names)]
             digests.append(entry)
-            if entry["strategy"] == "c3po":
+            if entry["strategy"] in ASKING:
                 digests.append(names.digest(entry.get("refset", "pocket")))
+            if isinstance(found[0], TaskDelta):
+                digests.append(found[0].bank.manifest["sha256"])
         for one in found:
             _merge(one, merged, facts)
     return _wanted(merged, facts, data["no_harm"], digests)
@@ -203,7 +212,9 @@ def _strategy(entry: Mapping[str, Any], names: Names) -> Strategy:
     cls = _kind(name)
     options = {k: v for k, v in entry.items() if k != "strategy"}
     tensors = {k: _tensor(cls.name, k, options.pop(k)) for k in ("delta", "mask") if options.get(k) is not None}
-    if cls.name == "c3po":
+    if options.get("deltas") is not None:
+        raise ConfigError(f"{cls.name}.deltas cannot name a folder in a spec: fit them into the set's own.")
+    if cls.name in ASKING:
         options["refset"] = names.refset(options.get("refset", "pocket"))
     for option, value in options.items():
         if isinstance(value, list) and option != "sensitivity":
@@ -225,7 +236,8 @@ def _tensor(strategy: str, option: str, value: Any) -> Tensor:
     return tensor
 
 
-SINGLE = ("dynamic_k", "scmoe", "c3po", "rerouting", "expert_mask")
+ASKING = ("c3po", "task_delta")  # of reference sets
+SINGLE = ("dynamic_k", "expert_mask", *REREADING)
 
 
 def _merge(one: Strategy, merged: dict[str, Any], facts: Facts) -> None:
@@ -278,7 +290,7 @@ def _wanted(merged: dict[str, Any], facts: Facts, no_harm: bool, digests: list[A
             raise ConfigError(f"dynamic_k.rule='sensitivity' needs a value for each of {facts.layers} layers.")
     if scmoe is not None:
         check_weak(scmoe, facts)
-    for name in ("c3po", "rerouting"):
+    for name in CHECKS:
         if merged.get(name) is not None and not merged[name].identity:
             CHECKS[name](merged[name], no_harm, facts)
     live = {name: one for name, one in merged.items() if isinstance(one, Strategy) and not one.identity}
@@ -289,6 +301,7 @@ def _wanted(merged: dict[str, Any], facts: Facts, no_harm: bool, digests: list[A
         dynamic_k=live.get("dynamic_k"),
         scmoe=live.get("scmoe"),
         c3po=live.get("c3po"),
+        task_delta=live.get("task_delta"),
         rerouting=live.get("rerouting"),
         no_harm=no_harm,
         digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32],
@@ -299,6 +312,12 @@ def _check_c3po(c3po: Any, no_harm: bool, facts: Facts) -> None:
     from ttrouting.vllm.neighbours import check_c3po  # a client that makes specs need not load it
 
     check_c3po(c3po, no_harm, facts.scorings, facts.sizes, facts.fingerprint)
+
+
+def _check_task_delta(task_delta: Any, no_harm: bool, facts: Facts) -> None:
+    from ttrouting.vllm.voting import check_task_delta
+
+    check_task_delta(task_delta, (facts.layers, facts.experts), facts.fingerprint)
 
 
 def _check_rerouting(rerouting: Any, no_harm: bool, facts: Facts) -> None:
@@ -313,7 +332,7 @@ def _check_rerouting(rerouting: Any, no_harm: bool, facts: Facts) -> None:
         )
 
 
-CHECKS = {"c3po": _check_c3po, "rerouting": _check_rerouting}
+CHECKS = {"c3po": _check_c3po, "task_delta": _check_task_delta, "rerouting": _check_rerouting}
 
 
 def _check_mask(mask: Tensor | None, facts: Facts) -> None:

@@ -1,0 +1,73 @@
+"""TaskDelta in an engine: a prompt is read, its neighbours vote, and it is read again under what they voted for.
+
+Legend: `L` MoE layers, `E` experts, `D` hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttrouting.errors import ConfigError, UnsupportedCallError
+from ttrouting.spans import last_match, leading_special
+from ttrouting.strategies._task_votes import ask_votes, mean_deltas, refusal, told
+
+
+def check_task_delta(task_delta: Any, shape: tuple[int, int], fingerprint: str) -> None:
+    """Raise unless an engine can do what is asked for.
+
+    Args:
+        shape: `(L, E)` of the engine's model. fingerprint: of it; empty where it is not known.
+
+    Raises:
+        ConfigError, ArtefactError, UnsupportedCallError: what to ask for instead.
+    """
+    references = task_delta.references
+    if task_delta.embedder is not None or references.embedder_name != "model":
+        raise UnsupportedCallError("task_delta in vLLM takes reference sets that were embedded by the model itself.")
+    if fingerprint:
+        references.check_model(fingerprint)
+    found = task_delta.bank.values.shape[1:]
+    if found != shape:
+        raise ConfigError(f"The task deltas are for {list(found)} layers and experts, this model has {list(shape)}.")
+    if task_delta.k > len(references):
+        raise ConfigError(
+            f"task_delta.k={task_delta.k}, and this reference set has {len(references)} references. Use a smaller k."
+        )
+
+
+def compared(task_delta: Any, ids: list[int], tokenizer: Any) -> tuple[int, int]:
+    """What of a prompt is compared with references: its first so many tokens, and those from a position on.
+
+    Raises:
+        UnsupportedCallError: the question is to be found in the text, and the engine has no tokenizer.
+    """
+    if task_delta.question is None:
+        return 0, 0
+    if tokenizer is None:
+        raise UnsupportedCallError(
+            "task_delta looks for the question in the prompt's text, and this engine has no tokenizer "
+            "(skip_tokenizer_init). Start it with one, or compare whole prompts: embed_on='all'."
+        )
+    start = last_match(ids, task_delta.question, tokenizer) or 0
+    return min(start, leading_special(ids, tokenizer)), start
+
+
+def voted(task_delta: Any, pooled: Tensor, no_harm: bool) -> tuple[Tensor | None, dict[str, Any]]:
+    """The delta `[L, E]` that a prompt's neighbours vote for, or None where it keeps its base routing.
+
+    Args:
+        pooled: `[D]` mean hidden state of what is compared.
+
+    Returns:
+        The delta, and facts for the report.
+    """
+    (vote,) = ask_votes(task_delta, pooled.double().cpu().numpy()[None])
+    outcome = refusal(task_delta, vote, no_harm)
+    facts = told(task_delta, vote)
+    if outcome:
+        return None, {"outcome": outcome, **facts}
+    _, layers, experts = task_delta.bank.values.shape
+    return mean_deltas(task_delta, [vote], torch.zeros(1, layers, experts))[0], facts
