@@ -58,7 +58,7 @@ def command(
     name = str(POCKET_DIR) if model == POCKET else model
     run = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", name, "--served-model-name", model]
     run += ["--host", host, "--port", str(port), "--additional-config", json.dumps(settings)]
-    # SCMoE, C3PO, TaskDelta decide after a forward what is read next: no scheduling ahead, the runner they were made for
+    # SCMoE, C3PO, TaskDelta decide after a forward what is read next: no scheduling ahead, and the V1 runner
     run += [] if any("async-scheduling" in argument for argument in context.args) else ["--no-async-scheduling"]
     run += context.args
     output.note(f"{shlex.join(run)}\n\nWhen it is up:\n\n{example(host, port, model, artefact)}\n")
