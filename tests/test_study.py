@@ -305,9 +305,9 @@ def test_oracles(alone, monkeypatch):
 
 
 def test_thresholds_and_masks_are_kept(alone):
-    made = alone.calibrated("top_p")
+    made = alone.calibrated("top_p", 0.6)
     assert made.calibration.mean_k == pytest.approx(0.6 * 2, abs=0.02)
-    assert alone.calibrated("top_p") == made
+    assert alone.calibrated("top_p", 0.6) == made
     mask = alone.mask("reverse_letters").mask
     assert mask.sum(1).tolist() == [mask.shape[1] // 2] * len(mask)
     assert (alone.mask("reverse_letters").mask == mask).all()

@@ -190,7 +190,7 @@ class Place:
         (found,) = ttr.load(folder)
         return found
 
-    def calibrated(self, rule: str, share: float = 0.6) -> Strategy:
+    def calibrated(self, rule: str, share: float) -> Strategy:
         """Dynamic-k by a rule, with the threshold that keeps this share of experts on reference questions.
 
         Well under three quarters, which are wanted: no-harm gives the prompts that lose by it all their experts back.
