@@ -122,13 +122,6 @@ def report(llm: Any) -> dict[str, Any]:
     return llm.collective_rpc("ttrouting_report")[0]
 
 
-def as_in_vllm(strategies: Any) -> list[Any]:
-    """The same for transformers: the plugin does not try SCMoE on the prompt first."""
-    from dataclasses import replace
-
-    return [replace(one, judge_on=None) if one.name == "scmoe" else one for one in strategies]
-
-
 @torch.no_grad()
 def expected(
     model: Any, prompt: list[int], strategies: Any = (), tokens: int = 12, no_harm: bool = True
@@ -138,7 +131,7 @@ def expected(
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False}
     if not strategies:
         return model.generate(ids, **options)[0, len(prompt) :].tolist()
-    with ttr.adapt(model, as_in_vllm(strategies), no_harm=no_harm) as adapted:
+    with ttr.adapt(model, strategies, no_harm=no_harm) as adapted:
         return adapted.generate(ids, **options)[0, len(prompt) :].tolist()
 
 
@@ -154,7 +147,7 @@ def one_of_each(model: Any) -> list[list[Any]]:
         [ttr.DynamicK(p=0.5)],
         [ttr.ExpertMask(mask=mask)],
         [ttr.StaticRouting(delta=two), entropy],
-        [ttr.SCMoE(beta=0.7)],
+        [ttr.SCMoE(judge_on=None, beta=0.7)],
     ]
 
 

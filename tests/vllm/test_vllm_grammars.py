@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import as_in_vllm, engine
+from engines import engine
 
 pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here: make test-vllm")
 
@@ -21,7 +21,7 @@ from vllm import SamplingParams
 
 PROMPTS = ["Q: capital of France?\nA:", "Q: 12+30\nA:", "Q: reverse cat\nA:"]
 DIGITS = 6
-STRATEGIES: dict[str, Any] = {"scmoe": ttr.SCMoE(beta=0.9, weak="rank:2"), "dynamic_k": ttr.DynamicK(p=0.5)}
+STRATEGIES: dict[str, Any] = {"scmoe": ttr.SCMoE(judge_on=None, beta=0.9), "dynamic_k": ttr.DynamicK(p=0.5)}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def digits(model: Any, tokenizer: Any, prompt: str, strategies: list[Any]) -> st
     if not strategies:
         out = model.generate(**inputs, **options)
     else:
-        with torch.no_grad(), ttr.adapt(model, as_in_vllm(strategies), tokenizer=tokenizer) as adapted:
+        with torch.no_grad(), ttr.adapt(model, strategies, tokenizer=tokenizer) as adapted:
             out = adapted.generate(**inputs, **options)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engines  # its environment too
+import engines  # noqa: F401 - sets the environment
 import pytest
 import torch
 
@@ -97,7 +97,7 @@ def wanted(pocket: Any, prompt: str, strategies: Any = (), tokens: int = 16) -> 
     length = inputs["input_ids"].shape[1]
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if strategies:
-        with ttr.adapt(model, engines.as_in_vllm(strategies), tokenizer=tokenizer) as adapted:
+        with ttr.adapt(model, strategies, tokenizer=tokenizer) as adapted:
             out = adapted.generate(**inputs, **options)
     else:
         out = model.generate(**inputs, **options)
@@ -113,7 +113,7 @@ def test_strategies_over_http(client: Any, pocket: Any, artefact: Path) -> None:
         assert complete(client, prompt).choices[0].text == wanted(pocket, prompt)
         for given, own in (
             (["poet"], named(artefact)),
-            ([ttr.SCMoE(beta=0.5)], [ttr.SCMoE(beta=0.5)]),
+            ([ttr.SCMoE(judge_on=None, beta=0.5)], [ttr.SCMoE(judge_on=None, beta=0.5)]),
             ([ttr.DynamicK(p=0.6), "poet"], [ttr.DynamicK(p=0.6), *named(artefact)]),
         ):
             found = complete(client, prompt, ttv.spec_json(given)).choices[0].text
@@ -128,13 +128,13 @@ def test_what_a_task_was_taught_over_http(client: Any, pocket: Any) -> None:
 
 
 def test_a_stream_shows_one_stream(client: Any, pocket: Any) -> None:
-    own = [ttr.SCMoE(beta=0.5)]
+    own = [ttr.SCMoE(judge_on=None, beta=0.5)]
     parts = complete(client, PROMPTS[0], ttv.spec_json(own), stream=True)
     assert "".join(part.choices[0].text for part in parts) == wanted(pocket, PROMPTS[0], own)
 
 
 def test_stop_strings_end_both_streams(client: Any, pocket: Any) -> None:
-    own = [ttr.SCMoE(beta=0.5)]
+    own = [ttr.SCMoE(judge_on=None, beta=0.5)]
     whole = wanted(pocket, PROMPTS[0], own)
     stop = whole[3:5]
     found = complete(client, PROMPTS[0], ttv.spec_json(own), stop=[stop], max_tokens=200).choices[0]
@@ -143,12 +143,13 @@ def test_stop_strings_end_both_streams(client: Any, pocket: Any) -> None:
 
 
 def test_a_client_that_leaves_frees_its_place(client: Any, pocket: Any) -> None:
-    own = ttv.spec_json(ttr.SCMoE(beta=0.5))
+    scmoe = ttr.SCMoE(judge_on=None, beta=0.5)
+    own = ttv.spec_json(scmoe)
     for _ in range(12):  # more than run at a time
         stream = complete(client, PROMPTS[1], own, stream=True, max_tokens=200)
         next(iter(stream))
         stream.close()
-    assert complete(client, PROMPTS[0], own).choices[0].text == wanted(pocket, PROMPTS[0], [ttr.SCMoE(beta=0.5)])
+    assert complete(client, PROMPTS[0], own).choices[0].text == wanted(pocket, PROMPTS[0], [scmoe])
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,6 @@ def test_bad_specs_are_answered_with_400(client: Any, pocket: Any, spec: str, sa
 
 
 def test_beam_search_is_refused(client: Any) -> None:
-    body = {"use_beam_search": True, "vllm_xargs": {"ttrouting": ttv.spec_json(ttr.SCMoE())}}
+    body = {"use_beam_search": True, "vllm_xargs": {"ttrouting": ttv.spec_json(ttr.SCMoE(judge_on=None))}}
     with pytest.raises(openai.BadRequestError, match="beam search"):
         client.completions.create(model="pocket", prompt="Q: 1+1\nA:", max_tokens=4, n=2, extra_body=body)

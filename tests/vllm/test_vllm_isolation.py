@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import as_in_vllm, deltas, expected, prompts, report, sampling, write
+from engines import deltas, expected, prompts, report, sampling, write
 
 pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here: make test-vllm")
 
@@ -34,7 +34,7 @@ def test_chunks_and_preemption(tight: tuple[Any, Any], monkeypatch: pytest.Monke
     monkeypatch.setattr(Scheduler, "_preempt_request", noted)
     texts = prompts(1, 10, 37, 20, 28, 16)
     one, two = deltas(model, 2)
-    own: list[Any] = [[ttr.SCMoE(beta=0.7)]] * 6 + [[]] * 3 + [[ttr.StaticRouting(delta=one)]] * 3
+    own: list[Any] = [[ttr.SCMoE(judge_on=None, beta=0.7)]] * 6 + [[]] * 3 + [[ttr.StaticRouting(delta=one)]] * 3
     own += [[ttr.DynamicK(p=0.5), ttr.StaticRouting(delta=two)]] * 3
     asked = [texts[i % 6] for i in range(len(own))]
     params = [sampling(ttv.spec(given) if given else None, tokens=50) for given in own]
@@ -56,7 +56,7 @@ def test_cached_prefixes_serve_equal_routings_only(olmoes: tuple[Any, Any]) -> N
         None,
         ttr.StaticRouting(delta=one),
         ttr.StaticRouting(delta=two),
-        ttr.SCMoE(),
+        ttr.SCMoE(judge_on=None),
         ttr.DynamicK(p=0.5),
     ]
     for strategy in own:
@@ -136,13 +136,13 @@ def test_the_engine_lives_after_bad_specs(olmoes: tuple[Any, Any]) -> None:
 def test_prompt_logprobs_are_refused_with_scmoe(olmoes: tuple[Any, Any]) -> None:
     _, llm = olmoes
     with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
-        write(llm, prompts(5), [sampling(ttv.spec(ttr.SCMoE()), prompt_logprobs=1)])
+        write(llm, prompts(5), [sampling(ttv.spec(ttr.SCMoE(judge_on=None)), prompt_logprobs=1)])
 
 
 def test_a_pair_that_never_fits_is_refused(tight: tuple[Any, Any]) -> None:
     _, llm = tight
     with pytest.raises(VLLMValidationError, match="two caches"):
-        write(llm, prompts(150), [sampling(ttv.spec(ttr.SCMoE()), tokens=5)])
+        write(llm, prompts(150), [sampling(ttv.spec(ttr.SCMoE(judge_on=None)), tokens=5)])
 
 
 def test_identity_settings_are_plain_requests(olmoes: tuple[Any, Any]) -> None:
@@ -158,10 +158,10 @@ def test_identity_settings_are_plain_requests(olmoes: tuple[Any, Any]) -> None:
 def test_several_answers_of_one_request(olmoes: tuple[Any, Any]) -> None:
     model, llm = olmoes
     text = prompts(9, seed=15)[0]
-    wanted = expected(model, text, [ttr.SCMoE(beta=0.7)])
+    wanted = expected(model, text, [ttr.SCMoE(judge_on=None, beta=0.7)])
     asked: Any = [{"prompt_token_ids": text}]
     # greedy takes n = 1 only: a temperature near 0 instead
-    params = sampling(ttv.spec(ttr.SCMoE(beta=0.7)), n=3, temperature=1e-4)
+    params = sampling(ttv.spec(ttr.SCMoE(judge_on=None, beta=0.7)), n=3, temperature=1e-4)
     out = llm.generate(asked, params, use_tqdm=False)[0]
     assert [list(one.token_ids) for one in out.outputs] == [wanted] * 3
 
@@ -169,23 +169,24 @@ def test_several_answers_of_one_request(olmoes: tuple[Any, Any]) -> None:
 def test_a_seed_gives_the_same_sample_alone_and_in_a_batch(olmoes: tuple[Any, Any]) -> None:
     _, llm = olmoes
     text = prompts(9, seed=16)
-    params = sampling(ttv.spec(ttr.SCMoE(beta=0.7)), temperature=1.0, seed=3)
+    one, two = (ttv.spec(ttr.SCMoE(judge_on=None, beta=beta)) for beta in (0.7, 0.5))
+    params = sampling(one, temperature=1.0, seed=3)
     alone = write(llm, text, [params])
-    beside = write(llm, [*prompts(4, 20, seed=17), *text], [sampling(ttv.spec(ttr.SCMoE())), sampling(), params])
+    beside = write(llm, [*prompts(4, 20, seed=17), *text], [sampling(two), sampling(), params])
     assert beside[2:] == alone
-    other = write(llm, text, [sampling(ttv.spec(ttr.SCMoE(beta=0.7)), temperature=1.0, seed=4)])
+    other = write(llm, text, [sampling(one, temperature=1.0, seed=4)])
     assert other != alone
 
 
 def test_logprobs_are_those_of_the_contrast(olmoes: tuple[Any, Any]) -> None:
     model, llm = olmoes
     text = prompts(14, seed=18)[0]
-    strategy = ttr.SCMoE(beta=0.5, alpha=1e-3)
+    strategy = ttr.SCMoE(judge_on=None, beta=0.5, alpha=1e-3)
     asked: Any = [{"prompt_token_ids": text}]
     out = llm.generate(asked, sampling(ttv.spec(strategy), tokens=1, logprobs=3), use_tqdm=False)[0].outputs[0]
     ids = torch.tensor([text])
     options: Any = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-    with ttr.adapt(model, as_in_vllm([strategy])) as adapted:
+    with ttr.adapt(model, [strategy]) as adapted:
         logits = adapted.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options).logits[0][0]
     best = logits.float().log_softmax(-1).topk(3)
     found = out.logprobs[0]
@@ -197,9 +198,9 @@ def test_logprobs_are_those_of_the_contrast(olmoes: tuple[Any, Any]) -> None:
 def test_only_one_stream_is_seen_and_stop_tokens_end_both(olmoes: tuple[Any, Any]) -> None:
     model, llm = olmoes
     text = prompts(14, seed=19)[0]
-    wanted = expected(model, text, [ttr.SCMoE(beta=0.7)])
+    wanted = expected(model, text, [ttr.SCMoE(judge_on=None, beta=0.7)])
     stop = wanted[5]
-    params = sampling(ttv.spec(ttr.SCMoE(beta=0.7)), stop_token_ids=[stop])
+    params = sampling(ttv.spec(ttr.SCMoE(judge_on=None, beta=0.7)), stop_token_ids=[stop])
     asked: Any = [{"prompt_token_ids": text}]
     outs = llm.generate(asked, params, use_tqdm=False)
     assert len(outs) == 1
@@ -213,7 +214,7 @@ def test_aborts_free_everything(olmoes: tuple[Any, Any]) -> None:
     engine = llm.llm_engine
     (delta,) = deltas(model, 1)
     ids = []
-    for number, given in enumerate([ttr.SCMoE(), ttr.StaticRouting(delta=delta), ttr.SCMoE()]):
+    for number, given in enumerate([ttr.SCMoE(), ttr.StaticRouting(delta=delta), ttr.SCMoE(judge_on=None)]):
         asked: Any = {"prompt_token_ids": prompts(12, seed=20 + number)[0]}
         ids.append(engine.add_request(f"gone{number}", asked, sampling(ttv.spec(given), tokens=60)))
     engine.abort_request([ids[2]], internal=True)  # before it ever ran
@@ -234,7 +235,7 @@ def test_thousands_of_short_requests_leave_every_slot_free(olmoes: tuple[Any, An
         None,
         ttr.StaticRouting(delta=deltas(model, 1)[0]),
         ttr.DynamicK(p=0.5),
-        ttr.SCMoE(),
+        ttr.SCMoE(judge_on=None),
         ttr.DynamicK(rule="relative"),
     ]
     texts = prompts(*(draw.randint(1, 12) for _ in range(2500)), seed=30)

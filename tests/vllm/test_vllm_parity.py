@@ -96,7 +96,7 @@ def test_strategies_compose(both: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("weak", ["rank:1", "rank:2", "rank:3", "top:2"])
 def test_scmoe(both: tuple[Any, Any], weak: str) -> None:
     model, llm = both
-    strategy = ttr.SCMoE(beta=0.7, weak=weak)
+    strategy = ttr.SCMoE(judge_on=None, beta=0.7, weak=weak)
     texts = prompts(1, 9, 33, 14, seed=6)
     params = [sampling(ttv.spec(strategy))] * 3 + [sampling()]
     wanted = [*(expected(model, text, [strategy]) for text in texts[:3]), expected(model, texts[3])]
@@ -105,7 +105,7 @@ def test_scmoe(both: tuple[Any, Any], weak: str) -> None:
 
 def test_scmoe_over_a_delta_and_dynamic_k(both: tuple[Any, Any]) -> None:
     model, llm = both
-    given = [ttr.StaticRouting(delta=deltas(model, 1)[0]), ttr.DynamicK(p=0.6), ttr.SCMoE(beta=0.5)]
+    given = [ttr.StaticRouting(delta=deltas(model, 1)[0]), ttr.DynamicK(p=0.6), ttr.SCMoE(judge_on=None, beta=0.5)]
     text = prompts(18, seed=7)
     assert write(llm, text, [sampling(ttv.spec(given))]) == [expected(model, text[0], given)]
 

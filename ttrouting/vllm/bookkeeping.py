@@ -5,6 +5,7 @@ Knows nothing of vLLM's runners: `runner_v1` and `runner_v2` tell it what is sch
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Held:
             watched: column of `Slots.seen` in which its last prompt token stands. compared: prompt tokens that
             TaskDelta compares, see `voting.compared`. before: `[V]` log-probabilities of its next token under its
             base routing, once neighbours have voted for another.
+        judged: positions `[P]` of the prompt, rising, at whose tokens SCMoE's contrast is tried; None once it was, or
+            where it is not. states: `[P, D]` hidden states that predict them. on: whether the pair is contrasted.
         steps: sampling steps. alone: steps that were put off because the other stream was not there.
     """
 
@@ -59,6 +62,9 @@ class Held:
     watched: int | None = None
     compared: tuple[int, int] = (0, 0)
     before: Tensor | None = None
+    judged: list[int] | None = None
+    states: Tensor | None = None
+    on: bool = True
     steps: int = 0
     alone: int = 0
     limited: int = 0
@@ -107,6 +113,7 @@ class Bookkeeping:
             weak=data.get("weak", False),
             learned=None if learned is None else torch.as_tensor(learned, dtype=torch.float32),
             compared=tuple(data.get("compared", (0, 0))),
+            judged=data.get("judged"),
             facts=dict(data.get("facts", {})),
         )
         self.totals["requests"] += 1
@@ -166,7 +173,7 @@ class Bookkeeping:
                 now.dynamic_k |= wanted.dynamic_k is not None and not held.weak
                 now.scmoe |= held.weak
                 last = held.prompt - 1 - int(before)
-                if held.reading:
+                if held.reading or held.judged is not None:
                     held.rows = (begin, min(int(count), held.prompt - int(before)), int(before))
                 if wanted.c3po is not None and not held.read:
                     held.watched = None
@@ -192,20 +199,35 @@ class Bookkeeping:
     def read_prompts(self, rows: Mapping[str, int], hidden: Tensor, logits: Tensor) -> list[int]:
         """After a forward: rows whose sample must wait, because C3PO or TaskDelta have their prompt read once more.
 
+        What SCMoE is tried on is kept.
+
         Args:
             rows: row of each request in the batch. hidden: `[tokens, D]` last hidden states. logits: `[rows, V]`.
         """
         waiting = []
         for request_id, row in rows.items():
             held = self.requests.get(request_id)
-            if held is None or not held.reading or held.rows[1] <= 0:
+            if held is None or held.rows[1] <= 0 or not (held.reading or held.judged is not None):
                 continue
             begin, count, _ = held.rows
+            if held.judged is not None:
+                self._keep(held, held.judged, hidden[begin : begin + count])
+                continue
             own = hidden[begin : begin + count].float()  # [n, D]
             again = self._ask(held, own) if held.wanted.c3po is not None else self._vote(held, own, logits[row])
             if again:
                 waiting.append(row)
         return waiting
+
+    def _keep(self, held: Held, judged: list[int], hidden: Tensor) -> None:
+        """Keep the hidden states `[n, D]` that predict judged tokens."""
+        _, count, before = held.rows
+        if held.states is None:
+            held.states = hidden.new_zeros(len(judged), hidden.shape[1])
+        first, end = bisect_left(judged, before + 1), bisect_left(judged, before + count + 1)
+        if first < end:
+            predecessors = torch.tensor(judged[first:end], device=hidden.device) - 1 - before
+            held.states[first:end] = hidden[predecessors]
 
     def _ask(self, held: Held, hidden: Tensor) -> bool:
         """C3PO: the last prompt token is read again with the logits that its neighbours suggest."""

@@ -1,17 +1,21 @@
 """How do the two streams of SCMoE become one distribution and one token?
 
-Legend: `R` rows of the batch, `V` vocabulary.
+Legend: `R` rows of the batch, `V` vocabulary, `P` tokens of a prompt that contrast is tried on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttrouting.strategies.scmoe import mix
+from ttrouting.context import Context
+from ttrouting.head import CHUNK
+from ttrouting.spans import check_loss_on, narrow_targets
+from ttrouting.strategies.scmoe import Trial, mix
 from ttrouting.vllm.bookkeeping import Bookkeeping, Held
 
 
@@ -36,8 +40,48 @@ def pair_rows(book: Bookkeeping, rows: dict[str, int], samples: Any) -> tuple[li
     return pairs, alone
 
 
+def judged_positions(scmoe: Any, ids: list[int], tokenizer: Any) -> list[int]:
+    """Which tokens of a prompt `no_harm` tries contrast on, rising.
+
+    Raises:
+        ConfigError: they are to be found in text, and the engine has no tokenizer.
+    """
+    check_loss_on(scmoe.judge_on, tokenizer, option="scmoe.judge_on")
+    row = torch.tensor([ids])
+    targets = torch.ones_like(row, dtype=torch.bool)
+    targets[:, 0] = False  # nothing predicts it
+    context = Context(row, torch.ones_like(targets), targets)
+    found = narrow_targets(context, scmoe.judge_on, tokenizer)[0].nonzero().flatten()
+    return [int(position) for position in found]
+
+
+def decide(strong: Held, weak: Held, ids: Sequence[int], head: Callable[[Tensor], Tensor]) -> None:
+    """Contrast a pair or not, by whether its prompt's own tokens are predicted better with contrast.
+
+    Args:
+        strong, weak: of the same prompt, read to its end. ids: of the prompt. head: `[n, D]` -> `[n, V]`.
+    """
+    options, judged = strong.wanted.scmoe, strong.judged or []
+    states = torch.stack([held.states for held in (strong, weak) if held.states is not None])  # [2, P, D]
+    won = lost = 0
+    for begin in range(0, len(judged), CHUNK):
+        chunk = slice(begin, begin + CHUNK)
+        ours, theirs = head(states[:, chunk].flatten(0, 1)).float().chunk(2)  # [n, V]
+        mixed, _ = mix(ours, theirs, log(options.alpha), options.beta, options.kl_limit)
+        labels = torch.tensor([ids[position] for position in judged[chunk]], device=mixed.device)
+        before, after = ours.argmax(-1) == labels, mixed.argmax(-1) == labels
+        won, lost = won + int((after & ~before).sum()), lost + int((before & ~after).sum())
+    trial = Trial(len(judged), won, lost)
+    strong.on = trial.passed
+    strong.facts |= {"judged_tokens": trial.tokens, "turned_right": won, "turned_wrong": lost}
+    strong.facts["outcome"] = "applied" if trial.passed else trial.words
+    for held in (strong, weak):
+        held.judged = held.states = None
+
+
 def contrast(logits: Tensor, pairs: list[tuple[int, int, Held]]) -> None:
     """Write the contrasted logits into the strong rows of `logits [R, V]`, before any processor and grammar."""
+    pairs = [pair for pair in pairs if pair[2].on]
     if not pairs:
         return
     strong_rows = torch.tensor([strong for strong, _, _ in pairs], device=logits.device)

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from ttrouting.errors import TTRoutingError, UnsupportedCallError
+from ttrouting.vllm.contrasting import judged_positions
 from ttrouting.vllm.patching import wrap
 from ttrouting.vllm.settings import KEY, Settings, read_settings
 from ttrouting.vllm.spec import Facts, Wanted, parse, read
@@ -81,6 +82,9 @@ class Admission:
         if "scmoe" in kinds:
             self._check_pair_fits(len(request.prompt_token_ids) + (params.max_tokens or 0))
         told: dict[str, Any] = {"spec": data, "kinds": kinds, "digest": wanted.digest}
+        if "scmoe" in kinds and wanted.no_harm and wanted.scmoe.judge_on is not None:
+            told["judged"] = judged_positions(wanted.scmoe, list(request.prompt_token_ids), tokenizer)
+            params.skip_reading_prefix_cache = True  # both streams of the whole prompt are looked at
         if "rerouting" in kinds and self.facts is not None:
             options = dataclasses.asdict(wanted.rerouting)
             told["rerouting"] = {"options": options, "shape": [self.facts.layers, self.facts.experts]}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ttrouting.vllm.attach import Attached
 from ttrouting.vllm.bookkeeping import Bookkeeping
-from ttrouting.vllm.contrasting import contrast, follow, pair_rows
+from ttrouting.vllm.contrasting import contrast, decide, follow, pair_rows
 from ttrouting.vllm.patching import wrap
 from ttrouting.vllm.settings import read_settings
 
@@ -73,8 +73,13 @@ def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         rows = self.input_batch.req_id_to_index
         put_off = self.discard_request_mask.np
+        again = book.read_prompts(rows, state.hidden_states, state.logits)
         pairs, alone = pair_rows(book, rows, ~put_off[: len(rows)])
-        alone += book.read_prompts(rows, state.hidden_states, state.logits)
+        alone += again
+        for _, _, held in pairs:
+            if held.judged is not None and held.partner is not None:
+                weak = book.requests[held.partner]
+                decide(held, weak, self.requests[weak.partner].prompt_token_ids, self.model.compute_logits)
         contrast(state.logits, pairs)
         if alone:
             put_off[alone] = True
