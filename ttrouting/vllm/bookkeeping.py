@@ -5,7 +5,6 @@ Knows nothing of vLLM's runners: `runner_v1` and `runner_v2` tell it what is sch
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttrouting.objective import divergence
-from ttrouting.strategies._task_votes import verdict
 from ttrouting.vllm.attach import Attached
-from ttrouting.vllm.neighbours import override_logits
+from ttrouting.vllm.contrasting import keep
+from ttrouting.vllm.neighbours import look_up
 from ttrouting.vllm.routing import Parts
 from ttrouting.vllm.settings import KEY
 from ttrouting.vllm.slots import WATCHED
 from ttrouting.vllm.spec import Wanted, parse
-from ttrouting.vllm.voting import voted
+from ttrouting.vllm.voting import vote
 
 KEEP_REPORTS = 1000
 KEEP_PARSED = 64
@@ -73,7 +71,8 @@ class Held:
     @property
     def reading(self) -> bool:
         """Whether what its prompt is like decides how it will be routed, and that is not decided yet."""
-        return not self.read and (self.wanted.c3po is not None or self.wanted.task_delta is not None)
+        asks = self.wanted.c3po is not None or self.wanted.task_delta is not None
+        return self.judged is not None or (asks and not self.read)
 
 
 class Bookkeeping:
@@ -173,7 +172,7 @@ class Bookkeeping:
                 now.dynamic_k |= wanted.dynamic_k is not None and not held.weak
                 now.scmoe |= held.weak
                 last = held.prompt - 1 - int(before)
-                if held.reading or held.judged is not None:
+                if held.reading:
                     held.rows = (begin, min(int(count), held.prompt - int(before)), int(before))
                 if wanted.c3po is not None and not held.read:
                     held.watched = None
@@ -191,10 +190,14 @@ class Bookkeeping:
 
     def _fill(self, held: Held) -> None:
         held.slot = self.slots.take(held.wanted, held.weak)
-        if held.learned is not None:
-            self.slots.set_delta(held.slot, held.wanted.delta, held.learned)
+        if held.learned is not None or held.override is not None:
+            self._write(held, held.slot)
+
+    def _write(self, held: Held, slot: int) -> None:
+        """Put into a slot what was learned for its request."""
+        self.slots.set_delta(slot, held.wanted.delta, held.learned)
         if held.override is not None:
-            self.slots.set_override(held.slot, held.override, held.first)
+            self.slots.set_override(slot, held.override, held.first)
 
     def read_prompts(self, rows: Mapping[str, int], hidden: Tensor, logits: Tensor) -> list[int]:
         """After a forward: rows whose sample must wait, because C3PO or TaskDelta have their prompt read once more.
@@ -207,72 +210,20 @@ class Bookkeeping:
         waiting = []
         for request_id, row in rows.items():
             held = self.requests.get(request_id)
-            if held is None or held.rows[1] <= 0 or not (held.reading or held.judged is not None):
+            if held is None or not held.reading or held.rows[1] <= 0:
                 continue
             begin, count, _ = held.rows
+            own, again = hidden[begin : begin + count], False
             if held.judged is not None:
-                self._keep(held, held.judged, hidden[begin : begin + count])
-                continue
-            own = hidden[begin : begin + count].float()  # [n, D]
-            again = self._ask(held, own) if held.wanted.c3po is not None else self._vote(held, own, logits[row])
-            if again:
+                keep(held, held.judged, own)
+            elif held.wanted.c3po is not None:
+                again = look_up(held, own.float(), self.slots.seen, self.attached.layers)
+            else:
+                again = vote(held, own.float(), logits[row])
+            if again and held.slot is not None:
+                self._write(held, held.slot)
                 waiting.append(row)
         return waiting
-
-    def _keep(self, held: Held, judged: list[int], hidden: Tensor) -> None:
-        """Keep the hidden states `[n, D]` that predict judged tokens."""
-        _, count, before = held.rows
-        if held.states is None:
-            held.states = hidden.new_zeros(len(judged), hidden.shape[1])
-        first, end = bisect_left(judged, before + 1), bisect_left(judged, before + count + 1)
-        if first < end:
-            predecessors = torch.tensor(judged[first:end], device=hidden.device) - 1 - before
-            held.states[first:end] = hidden[predecessors]
-
-    def _ask(self, held: Held, hidden: Tensor) -> bool:
-        """C3PO: the last prompt token is read again with the logits that its neighbours suggest."""
-        _, count, before = held.rows
-        ends = before + count == held.prompt
-        body = hidden[: count - ends].sum(0)  # [D]
-        held.total = body if held.total is None else held.total + body
-        if not ends:
-            return False
-        if held.watched is None:
-            return True
-        pooled = (held.total + hidden[-1]) / held.prompt
-        seen = self.slots.seen[:, held.watched]
-        held.override, held.facts = override_logits(held.wanted.c3po, self.attached.layers, seen, pooled)
-        held.read, held.first = True, held.wanted.c3po.first_layer(len(self.attached.layers))
-        if held.override is None or held.slot is None:
-            return False
-        self.slots.set_override(held.slot, held.override, held.first)
-        return True
-
-    def _vote(self, held: Held, hidden: Tensor, logits: Tensor) -> bool:
-        """TaskDelta: the prompt is read again under the delta that its neighbours vote for, and a third time without
-        it if that is not accepted."""
-        _, count, before = held.rows
-        leading, start = held.compared
-        if held.before is None:
-            chosen = hidden[: max(0, leading - before)].sum(0) + hidden[max(0, start - before) :].sum(0)  # [D]
-            held.total = chosen if held.total is None else held.total + chosen
-        if before + count < held.prompt:
-            return False
-        options, no_harm, again = held.wanted.task_delta, held.wanted.no_harm, False
-        log_p = logits.float().log_softmax(-1)  # [V]
-        if held.before is not None:
-            kl = float(divergence(log_p, held.before))
-            outcome = verdict(options, kl, no_harm)
-            held.facts = {"outcome": outcome, **held.facts, "kl": kl}
-            again, held.read, held.before = outcome != "accepted", True, None
-            held.learned = None if again else held.learned
-        elif held.total is not None:
-            held.learned, held.facts = voted(options, held.total / (leading + held.prompt - start), no_harm)
-            again = held.learned is not None
-            held.read, held.before = not again, log_p if again else None
-        if again and held.slot is not None:
-            self.slots.set_delta(held.slot, held.wanted.delta, held.learned)
-        return again
 
     def after_forward(self) -> None:
         """Prove that the forward did what it should; on accelerators the first one, and each request at its end."""

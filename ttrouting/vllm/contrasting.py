@@ -5,9 +5,10 @@ Legend: `R` rows of the batch, `V` vocabulary, `P` tokens of a prompt that contr
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from ttrouting.context import Context
 from ttrouting.head import CHUNK
 from ttrouting.spans import check_loss_on, narrow_targets
 from ttrouting.strategies.scmoe import Trial, mix
-from ttrouting.vllm.bookkeeping import Bookkeeping, Held
+
+if TYPE_CHECKING:
+    from ttrouting.vllm.bookkeeping import Bookkeeping, Held
 
 
 def pair_rows(book: Bookkeeping, rows: dict[str, int], samples: Any) -> tuple[list[tuple[int, int, Held]], list[int]]:
@@ -53,6 +56,17 @@ def judged_positions(scmoe: Any, ids: list[int], tokenizer: Any) -> list[int]:
     context = Context(row, torch.ones_like(targets), targets)
     found = narrow_targets(context, scmoe.judge_on, tokenizer)[0].nonzero().flatten()
     return [int(position) for position in found]
+
+
+def keep(held: Held, judged: list[int], hidden: Tensor) -> None:
+    """Keep what predicts judged tokens of the hidden states `[n, D]` of a forward."""
+    _, count, before = held.rows
+    if held.states is None:
+        held.states = hidden.new_zeros(len(judged), hidden.shape[1])
+    first, end = bisect_left(judged, before + 1), bisect_left(judged, before + count + 1)
+    if first < end:
+        predecessors = torch.tensor(judged[first:end], device=hidden.device) - 1 - before
+        held.states[first:end] = hidden[predecessors]
 
 
 def decide(strong: Held, weak: Held, ids: Sequence[int], head: Callable[[Tensor], Tensor]) -> None:

@@ -6,7 +6,7 @@ Legend: `L` MoE layers, `E` experts, `D` hidden size.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ttrouting.scoring import INVERSES, logits_of, raw_scores
 from ttrouting.strategies._neighbourhood import ask
 from ttrouting.strategies._surrogates import core_experts, mean_pathway
 from ttrouting.vllm.routing import Layer
+
+if TYPE_CHECKING:
+    from ttrouting.vllm.bookkeeping import Held
 
 
 def check_c3po(c3po: Any, no_harm: bool, scorings: tuple[str, ...], sizes: tuple[int, ...], fingerprint: str) -> None:
@@ -46,6 +49,27 @@ def check_c3po(c3po: Any, no_harm: bool, scorings: tuple[str, ...], sizes: tuple
             raise UnsupportedCallError(f"c3po sets scores, and those of layer {layer} have no inverse.")
         if isinstance(c3po.core_experts, int) and c3po.core_experts > sizes[layer]:
             raise ConfigError(f"c3po.core_experts={c3po.core_experts}, and layer {layer} has {sizes[layer]} experts.")
+
+
+def look_up(held: Held, hidden: Tensor, seen: Tensor, layers: list[Layer]) -> bool:
+    """Whether the last prompt token is to be read again, with the logits that neighbours suggest.
+
+    Args:
+        hidden: `[n, D]` fp32, of the prompt's tokens in a forward. seen: `[L, W, E]` router logits of watched tokens.
+    """
+    _, count, before = held.rows
+    ends = before + count == held.prompt
+    body = hidden[: count - ends].sum(0)  # [D]
+    held.total = body if held.total is None else held.total + body
+    if not ends:
+        return False
+    if held.watched is None:
+        return True  # more prompts end here than are watched
+    pooled = (held.total + hidden[-1]) / held.prompt
+    held.override, facts = override_logits(held.wanted.c3po, layers, seen[:, held.watched], pooled)
+    held.facts |= facts
+    held.read, held.first = True, held.wanted.c3po.first_layer(len(layers))
+    return held.override is not None
 
 
 def override_logits(

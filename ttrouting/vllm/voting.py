@@ -1,18 +1,22 @@
 """TaskDelta in an engine: a prompt is read, its neighbours vote, and it is read again under what they voted for.
 
-Legend: `L` MoE layers, `E` experts, `D` hidden size.
+Legend: `L` MoE layers, `E` experts, `D` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ttrouting.errors import ConfigError, UnsupportedCallError
+from ttrouting.objective import divergence
 from ttrouting.spans import last_match, leading_special
-from ttrouting.strategies._task_votes import ask_votes, mean_deltas, refusal, told
+from ttrouting.strategies._task_votes import ask_votes, mean_deltas, refusal, told, verdict
+
+if TYPE_CHECKING:
+    from ttrouting.vllm.bookkeeping import Held
 
 
 def check_task_delta(task_delta: Any, shape: tuple[int, int], fingerprint: str) -> None:
@@ -53,6 +57,35 @@ def compared(task_delta: Any, ids: list[int], tokenizer: Any) -> tuple[int, int]
         )
     start = last_match(ids, task_delta.question, tokenizer) or 0
     return min(start, leading_special(ids, tokenizer)), start
+
+
+def vote(held: Held, hidden: Tensor, logits: Tensor) -> bool:
+    """Whether the prompt is to be read again: with the delta that its neighbours vote for, or without it after all.
+
+    Args:
+        hidden: `[n, D]` fp32, of the prompt's tokens in a forward. logits: `[V]` of the last of them.
+    """
+    _, count, before = held.rows
+    leading, start = held.compared
+    if held.before is None:
+        compares = hidden[: max(0, leading - before)].sum(0) + hidden[max(0, start - before) :].sum(0)  # [D]
+        held.total = compares if held.total is None else held.total + compares
+    if before + count < held.prompt:
+        return False
+    options, no_harm, again = held.wanted.task_delta, held.wanted.no_harm, False
+    log_p = logits.float().log_softmax(-1)
+    if held.before is not None:
+        kl = float(divergence(log_p, held.before))
+        outcome = verdict(options, kl, no_harm)
+        held.facts |= {"outcome": outcome, "kl": kl}
+        again, held.read, held.before = outcome != "accepted", True, None
+        held.learned = None if again else held.learned
+    elif held.total is not None:
+        held.learned, facts = voted(options, held.total / (leading + held.prompt - start), no_harm)
+        held.facts |= facts
+        again = held.learned is not None
+        held.read, held.before = not again, log_p if again else None
+    return again
 
 
 def voted(task_delta: Any, pooled: Tensor, no_harm: bool) -> tuple[Tensor | None, dict[str, Any]]:
