@@ -47,7 +47,7 @@ def page(results: Results, found: Mapping[int, Comparison], files: Mapping[str, 
         "test questions were scored once. The model is a fixture of 4M parameters: what holds here is no claim about "
         "large models.",
         "`python -m demos.study.page` makes this page from `results.json`; `make artefacts` makes all of it, model "
-        "included. No number on this page was typed.",
+        "included. No number in its tables was typed.",
         "## In short",
         summary(results, found),
         *([WHY.read_text(encoding="utf-8").strip()] if WHY.exists() else []),
