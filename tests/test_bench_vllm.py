@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from commands import assert_refused, invoke
 from ttrouting.bench.measure import Spread
-from ttrouting.cli import app, bench_vllm
+from ttrouting.cli import bench_vllm
 from ttrouting.cli.bench_vllm import read_options
 from ttrouting.errors import ConfigError
 from ttrouting.vllm import load
@@ -22,10 +22,7 @@ without_vllm = pytest.mark.skipif(FOUND is not None and FOUND.origin is not None
 
 
 def run(*arguments: str) -> Any:
-    done = CliRunner().invoke(app, ["bench", "--vllm", *arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
+    return invoke("bench", "--vllm", *arguments)
 
 
 class Fake:
@@ -154,14 +151,10 @@ def test_engine_options_are_json_or_text() -> None:
     ],
 )
 def test_bad_options_are_refused_in_one_line(arguments: list[str], words: str) -> None:
-    done = run(*arguments)
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
+    assert_refused(run(*arguments), words)
 
 
 def test_engine_options_without_vllm_are_refused() -> None:
-    done = CliRunner().invoke(app, ["bench", "--engine", "enforce_eager=true"])
+    done = invoke("bench", "--engine", "enforce_eager=true")
     assert done.exit_code == 2
     assert "Add --vllm" in done.stderr
