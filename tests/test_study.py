@@ -188,15 +188,20 @@ def test_the_page_from_its_file_alone(results, tmp_path, monkeypatch):
     text = (tmp_path / "results.md").read_text()
     one = results["runs"]["6"]["reverse_letters"]
     gain = 100 * (share(one["variants"]["rerouting"]["right"]) - share(one["base"]))
-    row = next(line for line in text.splitlines() if line.startswith("| rerouting |"))
-    assert f"{100 * share(one['variants']['rerouting']['right']):.1f} **{gain:+.1f}** [" in row
+    means, row = (line for line in text.splitlines() if line.startswith("| rerouting |") and line.count("|") > 9)
+    assert f"| {100 * share(one['variants']['rerouting']['right']):.1f} **{gain:+.1f}** [" in row
+    rights = [results["runs"]["6"][name]["variants"]["rerouting"]["right"] for name in SHIFTED]
+    bases = [results["runs"]["6"][name]["base"] for name in SHIFTED]
+    mean, before = (100 * sum(map(share, several)) / len(SHIFTED) for several in (rights, bases))
+    assert means.startswith(f"| rerouting | {mean:.1f} | {mean - before:+.1f} [")
+    assert means.count(f"| {len(SHIFTED)} | 0 |") == 1  # it helps everywhere
     assert "**met**" in text
     assert "**missed**" in text
     assert "- `c3po`, after six solved examples: every set" in text
     for line in (line for line in text.splitlines() if line.startswith("![")):
         assert (tmp_path / line.partition("](")[2].rstrip(")")).stat().st_size > 5000
     assert {f.name for f in (tmp_path / "pictures").iterdir()} == {
-        f"results_{name}.png" for name in ("front_6", "room_6", "example")
+        f"results_{name}.png" for name in ("front_6", "room_6", "shifted_6", "trained_6", "example")
     }
 
 
@@ -209,7 +214,9 @@ def test_a_part_that_is_missing_is_said(results, tmp_path):
     assert "`rerouting`, after six solved examples: reverse_letters" in text
     assert "oracles, after six solved examples" in text
     assert "no oracle was measured" in text
-    assert tables.NONE in next(line for line in text.splitlines() if line.startswith("| rerouting |"))
+    means, row, *_ = (line for line in text.splitlines() if line.startswith("| rerouting |"))
+    assert means.startswith(f"| rerouting | {tables.NONE} | {tables.NONE} |")
+    assert row.count(f" {tables.NONE} |") == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 0}'])

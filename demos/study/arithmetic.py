@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKED
+from ttrouting.evaluation.report.markdown import ranged
 from ttrouting.evaluation.statistics import ALPHA, LEVEL, Paired, combined_interval, holm, mean_interval, verdict
 
 Results = Mapping[str, Any]  # the content of `docs/results.json`
@@ -213,9 +214,10 @@ def _room(results: Results, shots: int) -> Target:
     known = {n: o for n, o in results["oracles"].get(str(shots), {}).items() if n in SHIFTED}
     gains = {name: one["paired"]["transfer"]["difference"] for name, one in known.items()}
     wide = [name for name, gain in gains.items() if gain >= ROOM]
-    facts = f"{len(wide)} of {len(gains)} measured; " + ", ".join(f"{n} {100 * g:+.1f}" for n, g in gains.items())
     if not gains:
         return Target(words, None, "no oracle was measured")
+    facts = f"{len(wide)} of {len(gains)} that were measured, whose gains are "
+    facts += f"{100 * min(gains.values()):+.1f} to {100 * max(gains.values()):+.1f}"
     possible = len(wide) + len(SHIFTED) - len(gains) >= ROOM_SETS
     return Target(
         words, True if len(wide) >= ROOM_SETS else None if possible and len(gains) < len(SHIFTED) else False, facts
@@ -287,10 +289,8 @@ def _dynamic_k(comparison: Comparison) -> Target:
     told = enough or found
     best = max(told, key=lambda name: told[name].difference)
     one = told[best]
-    facts = (
-        f"{best} drops {100 * one.dropped:.0f} % at {100 * one.difference:+.1f} "
-        f"[{100 * one.interval[0]:+.1f}, {100 * one.interval[1]:+.1f}] points, mean of {one.sets} sets"
-    )
+    difference = ranged(one.difference, one.interval, True, signed=True)
+    facts = f"{best} drops {100 * one.dropped:.0f} % at {difference} points, mean of {one.sets} sets"
     return Target(words, bool(enough) and one.difference >= -WITHIN, facts)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,15 @@ NAMES = {0: "questions alone", 6: "after six solved examples"}
 LONG = ("calibration", "sensitivity", "fingerprint", "mask")  # options that no table has room for
 MET = {True: "met", False: "missed", None: "not known yet"}
 LEGEND = (
-    "Accuracy in percent, then the paired difference to base in points with its 95 % interval. **Bold**: told apart "
-    "from luck at 5 % by an exact McNemar test after Holm's correction over all {family} comparisons of the study; "
-    "▼: for the worse. *Gap closed*: (variant − base) / (transfer oracle − base), mean over the sets where that "
-    "oracle gains at least {gap:.0f} points. FLOPs and first token: as ratios to base, means over sets. Rolled back: "
-    "questions whose adaptation the no-harm rule undid."
+    "Means over the sets. *Difference*: to base, paired, in points with its 95 % interval. *Helps*, *hurts*: on so "
+    "many sets it is told apart from luck, at 5 % by an exact McNemar test after Holm's correction over all {family} "
+    "comparisons of the study. *Gap closed*: (variant − base) / (transfer oracle − base), over the sets where that "
+    "oracle gains at least {gap:.0f} points. FLOPs and first token: as ratios to base. Rolled back: questions whose "
+    "adaptation the no-harm rule undid."
+)
+IN_FULL = (
+    "Accuracy in percent, then the difference in points with its interval. **Bold**: told apart from luck; ▼: for "
+    "the worse."
 )
 
 
@@ -50,15 +54,16 @@ def page(results: Results, found: Mapping[int, Comparison], files: Mapping[str, 
         "included. No number in its tables was typed.",
         "## In short",
         summary(results, found),
-        *([WHY.read_text(encoding="utf-8").strip()] if WHY.exists() else []),
+        "## When to use what, and when not",
+        "Counted on the sets below; [How to choose](choosing.md) tells it for models that are no fixture.",
+        *_advice(found),
     ]
     for shots in (s for s in SHOTS if found.get(s, {}).get("tasks")):
         parts += _with_shots(results, found[shots], shots, files)
     parts += [
         "## One worked example",
         example(results["example"], files),
-        "## When to use what, and when not",
-        *_advice(found),
+        *([WHY.read_text(encoding="utf-8").strip()] if WHY.exists() else []),
         "## What is missing",
         missing(results),
         "## How it was done",
@@ -79,9 +84,10 @@ def summary(results: Results, found: Mapping[int, Comparison]) -> str:
 
 def _with_shots(results: Results, comparison: Comparison, shots: int, files: Mapping[str, Path]) -> list[str]:
     family = comparison["family"]
-    parts = [f"## Shifted sets, {NAMES[shots]}", tables.shifted(results, comparison, shots)]
+    parts = [f"## Shifted sets, {NAMES[shots]}", tables.overview(results, comparison, shots)]
     parts += [LEGEND.format(family=family, gap=100 * LEAST_GAP), _best(results, shots)]
     parts += [_picture(files, f"front_{shots}", "Accuracy against FLOPs, mean over the shifted sets")]
+    parts += _each(comparison, SHIFTED, _picture(files, f"shifted_{shots}", "Difference by variant and shifted set"))
     if measured := results["oracles"].get(str(shots)):
         asked = max(len(one["right"]["own_label"]) for one in measured.values())
         parts += [
@@ -94,10 +100,20 @@ def _with_shots(results: Results, comparison: Comparison, shots: int, files: Map
             _picture(files, f"room_{shots}", "Base and oracles by set"),
         ]
     parts += [f"### Where nothing is wrong, {NAMES[shots]}", tables.harm(comparison)]
+    parts += _each(comparison, TRAINED, _picture(files, f"trained_{shots}", "Difference by variant and trained set"))
     parts += [f"### Fewer experts, {NAMES[shots]}", tables.fewer_experts(comparison)]
     parts += [f"### Worked steps, {NAMES[shots]}", tables.worked(results, comparison, shots)]
     parts += [f"### The papers' settings beside ours, {NAMES[shots]}", tables.settings(comparison)]
     return parts
+
+
+def _each(comparison: Comparison, sets: Sequence[str], picture: str) -> list[str]:
+    """Every set: as a picture, and in full behind a line that opens it."""
+    if not any(name in sets for name in comparison["tasks"]):
+        return []
+    table = tables.by_set(comparison, sets)
+    told = "Points over base; bold: told apart from luck." if picture else ""
+    return [picture, told, "<details markdown>\n<summary>Each set in numbers</summary>", IN_FULL, table, "</details>"]
 
 
 def _best(results: Results, shots: int) -> str:

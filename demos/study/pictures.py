@@ -1,18 +1,20 @@
-"""Which pictures does the results page have? Accuracy against cost, room by set, the loss of the worked example."""
+"""Which pictures does the results page have? Cost, differences and room by set, the loss of the worked example."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
-from demos.study.arithmetic import Comparison, Results, only
-from demos.study.plan import SHIFTED
+from demos.study.arithmetic import ORDER, Comparison, Results, only
+from demos.study.plan import SHIFTED, TRAINED
 from ttrouting.evaluation.report.canvas import panels_of, styled, write_png
-from ttrouting.evaluation.report.colours import FAINT, GREY, style
+from ttrouting.evaluation.report.colours import FAINT, GREY, GROUND, INK, style
 from ttrouting.evaluation.report.pictures import Cost, accuracy_against_cost
 
 ORACLES = {"base": GREY, "transfer": style(0)[0], "own_label": style(2)[0], "wrong_label": style(1)[0]}
+DEEPEST = 50  # points that have the deepest colour
 
 
 def write(results: Results, comparisons: Mapping[int, Comparison], folder: Path) -> dict[str, Path]:
@@ -30,6 +32,8 @@ def write(results: Results, comparisons: Mapping[int, Comparison], folder: Path)
             part = only(comparison, SHIFTED)
             keep(f"front_{shots}", front(part) if part["tasks"] else None)
             keep(f"room_{shots}", room(results["oracles"].get(str(shots), {})))
+            keep(f"shifted_{shots}", differences(comparison, SHIFTED))
+            keep(f"trained_{shots}", differences(comparison, TRAINED))
         keep("example", curve(results["example"]["report"]))
     return files
 
@@ -37,6 +41,31 @@ def write(results: Results, comparisons: Mapping[int, Comparison], folder: Path)
 def front(comparison: Comparison) -> Any:
     """Mean accuracy over shifted sets against FLOPs, of base and of variants that were scored on all of them."""
     return accuracy_against_cost({"shifted sets": comparison}, Cost.FLOPS)
+
+
+def differences(comparison: Comparison, sets: Sequence[str]) -> Any:
+    """Points over base by variant and set; bold where that is no luck, empty where nothing was scored."""
+    tasks = {name: one["variants"] for name, one in comparison["tasks"].items() if name in sets}
+    names = [name for name in ORDER if any(name in one for one in tasks.values())]
+    if not names:
+        return None
+    size = 0.64 * len(tasks), 0.26 * len(names) + 0.8
+    figure, (axis,), _ = panels_of(1, *size, across=1, extra=2.3)
+    points = [[100 * one[name]["difference"] if name in one else nan for one in tasks.values()] for name in names]
+    axis.imshow(points, cmap="RdBu", vmin=-DEEPEST, vmax=DEEPEST, aspect="auto")
+    for row, name in enumerate(names):
+        for column, one in enumerate(tasks.values()):
+            if name in one:
+                sure = one[name]["verdict"] != "cannot tell"
+                colour = GROUND if abs(points[row][column]) > 0.6 * DEEPEST else INK
+                told = f"{round(points[row][column]):+d}".replace("-", "−").replace("+0", "0")
+                weight = "bold" if sure else "normal"
+                axis.text(column, row, told, ha="center", va="center", fontsize=8, color=colour, weight=weight)
+    axis.set_xticks(range(len(tasks)), [name.replace("_", "\n") for name in tasks], fontsize=7.5)
+    axis.set_yticks(range(len(names)), names, fontsize=8.5)
+    axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    return figure
 
 
 def room(oracles: Mapping[str, Any]) -> Any:

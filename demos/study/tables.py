@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from demos.study.arithmetic import Comparison, Gap, Results, cell, gaps, only, saved
+from demos.study.arithmetic import ORDER, Comparison, Gap, Results, cell, gaps, only, saved
 from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKED
 from ttrouting.evaluation.report.markdown import NONE, number, p_value, ranged, score, times
 from ttrouting.evaluation.statistics import combined_interval
@@ -36,31 +36,24 @@ def change(one: Mapping[str, Any]) -> str:
     return f"{marked} {interval}"
 
 
-def shifted(results: Results, comparison: Comparison, shots: int) -> str:
-    """Variants by shifted sets: accuracy, paired difference; then what it comes to, and costs."""
+def overview(results: Results, comparison: Comparison, shots: int) -> str:
+    """What each variant comes to over the shifted sets, and what it costs."""
     part = {name: one for name, one in comparison["tasks"].items() if name in SHIFTED}
     closed = gaps(results, shots)
-    header = ["variant", *part, "mean", "gap closed", "FLOPs", "first token", "experts/token", "rolled back"]
-    first = ["base", *(score(one["base"]["mean"], True) for one in part.values())]
-    first += [
-        score(fmean(one["base"]["mean"] for one in part.values()), True),
-        "",
-        "1x",
-        "1x",
-        *_experts(part, None),
-        "",
-    ]
-    rows = [first]
-    for name in dict.fromkeys(v for one in part.values() for v in one["variants"]):
-        cells = {t: one["variants"].get(name) for t, one in part.items()}
-        there = [c for c in cells.values() if c is not None]
-        told = [NONE if c is None else f"{score(c['mean'], True)} {change(c)}" for c in cells.values()]
+    header = ["variant", "accuracy", "difference", "helps", "hurts", "gap closed", "FLOPs", "first token"]
+    header += ["experts/token", "rolled back"]
+    rows = [["base", _accuracy([one["base"] for one in part.values()]), "", "", "", "", "1x", "1x"]]
+    rows[0] += [*_experts(part, None), ""]
+    for name in _variants(part):
+        there = [one["variants"][name] for one in part.values() if name in one["variants"]]
+        complete, verdicts = len(there) == len(part), [c["verdict"] for c in there]
         rolled = [c["rolled_back"] for c in there if c["rolled_back"] is not None]
         rows.append(
             [
                 name,
-                *told,
-                _mean(there) if len(there) == len(part) else NONE,
+                _accuracy(there) if complete else NONE,
+                _mean(there) if complete else NONE,
+                *(str(verdicts.count(word)) if complete else NONE for word in ("helps", "hurts")),
                 share(closed.get(name)),
                 *(_ratio(there, which) for which in ("flops", "first_token_seconds")),
                 *_experts(part, name),
@@ -70,12 +63,31 @@ def shifted(results: Results, comparison: Comparison, shots: int) -> str:
     return markdown(header, rows)
 
 
+def by_set(comparison: Comparison, sets: Sequence[str]) -> str:
+    """Variants by sets: accuracy, and the paired difference."""
+    part = {name: one for name, one in comparison["tasks"].items() if name in sets}
+    rows = [["base", *(score(one["base"]["mean"], True) for one in part.values())]]
+    for name in _variants(part):
+        cells = [one["variants"].get(name) for one in part.values()]
+        rows.append([name, *(NONE if c is None else f"{score(c['mean'], True)} {change(c)}" for c in cells)])
+    return markdown(["variant", *part], rows)
+
+
+def _variants(tasks: Mapping[str, Any]) -> list[str]:
+    """That were scored on any of these sets, in the order of the plan."""
+    return [name for name in ORDER if any(name in one["variants"] for one in tasks.values())]
+
+
+def _accuracy(cells: Sequence[Mapping[str, Any]]) -> str:
+    return score(fmean(c["mean"] for c in cells), True)
+
+
 def share(gap: Gap | None) -> str:
     """Of the gap, with its interval."""
     if gap is None:
         return NONE
-    low, high = (f"{100 * end:.0f}".replace("-", "−") for end in gap.interval)
-    return f"{100 * gap.share:.0f} % [{low}, {high}]".replace("-", "−")
+    middle, low, high = (f"{round(100 * one)}" for one in (gap.share, *gap.interval))
+    return f"{middle} % [{low}, {high}]".replace("-", "−")
 
 
 def _mean(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -126,32 +138,33 @@ def room(results: Results, shots: int) -> str:
 
 def harm(comparison: Comparison) -> str:
     """On sets that the model was trained on, for each variant: the mean, the worst, and what is more than luck."""
-    header = ["variant", "no-harm", "sets", "mean", "worst", "on", "hurts on", "helps on"]
+    header = ["variant", "no-harm", "sets", "difference", "worst", "on", "helps", "hurts"]
     tasks = {name: one for name, one in comparison["tasks"].items() if name in TRAINED}
     rules = {v.name: "on" if v.no_harm else "off" for v in VARIANTS} | {SELF_CONSISTENCY: ""}
     rows = []
-    for name in dict.fromkeys(v for one in tasks.values() for v in one["variants"]):
+    for name in _variants(tasks):
         cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
         worst = min(cells, key=lambda t: cells[t]["difference"])
-        named = [
-            ", ".join(t for t, c in cells.items() if c["verdict"] == word) or NONE for word in ("hurts", "helps")
-        ]
+        verdicts = [c["verdict"] for c in cells.values()]
+        counts = [str(verdicts.count(word)) for word in ("helps", "hurts")]
         rows.append(
-            [name, rules[name], str(len(cells)), _mean(list(cells.values())), change(cells[worst]), worst, *named]
+            [name, rules[name], str(len(cells)), _mean(list(cells.values())), change(cells[worst]), worst, *counts]
         )
     return markdown(header, rows, left=2)
 
 
 def fewer_experts(comparison: Comparison) -> str:
-    """What dynamic-k saves, over all sets."""
-    header = ["variant", "options", "expert calls dropped", "accuracy", "sets", "hurts on"]
+    """What dynamic-k saves, over all sets; FLOPs with what its no-harm check reads."""
+    header = ["variant", "options", "expert calls dropped", "difference", "sets", "hurts", "FLOPs"]
     rows = []
     for variant in (v.name for v in VARIANTS if "dynamic_k" in v.name):
         found = saved(comparison, variant)
         if found is not None:
-            hurt = sum(o["variants"].get(variant, {}).get("verdict") == "hurts" for o in comparison["tasks"].values())
+            cells = [o["variants"][variant] for o in comparison["tasks"].values() if variant in o["variants"]]
+            hurt = sum(c["verdict"] == "hurts" for c in cells)
             told = ranged(found.difference, found.interval, True, signed=True)
-            rows.append([variant, ABOUT[variant], f"{100 * found.dropped:.1f} %", told, str(found.sets), str(hurt)])
+            counts = [str(found.sets), str(hurt), _ratio(cells, "flops")]
+            rows.append([variant, ABOUT[variant], f"{100 * found.dropped:.1f} %", told, *counts])
     return markdown(header, rows, left=2)
 
 
@@ -188,9 +201,9 @@ def settings(comparison: Comparison) -> str:
         "variant",
         "options",
         "shifted sets",
-        "helps, hurts",
+        "helps, hurts there",
         "trained sets",
-        "helps, hurts ",
+        "helps, hurts there",
         "FLOPs",
     ]
     rows = []
@@ -212,20 +225,31 @@ def advice(comparison: Comparison) -> list[str]:
     """When to use what, and when not: of each variant what it did, sorted by what that comes to."""
     lines: dict[str, list[str]] = {"Use": [], "With care": [], "Not for accuracy": [], "Nothing can be told": []}
     tasks = comparison["tasks"]
-    for name in dict.fromkeys(v for one in tasks.values() for v in one["variants"]):
+    for name in _variants(tasks):
         cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
-        by_word = {word: [t for t, c in cells.items() if c["verdict"] == word] for word in ("helps", "hurts")}
+        by_word = {word: _counted(cells, word) for word in ("helps", "hurts")}
         kind = {
             (True, False): "Use",
             (True, True): "With care",
             (False, True): "Not for accuracy",
             (False, False): "Nothing can be told",
         }[bool(by_word["helps"]), bool(by_word["hurts"])]
-        said = "; ".join(f"{word} on {', '.join(on)}" for word, on in by_word.items() if on) or "no set differs"
+        said = "; ".join(f"{word} on {on}" for word, on in by_word.items() if on)
+        said = said or f"no set of {len(cells)} differs"
         cost = _ratio(list(cells.values()), "flops")
         experts = _ratio_of_experts(tasks, name)
         lines[kind].append(f"`{name}` ({ABOUT[name]}): {said}; {cost} the FLOPs{experts}")
     return [f"- **{kind}**: {line}." for kind, found in lines.items() for line in found]
+
+
+def _counted(cells: Mapping[str, Mapping[str, Any]], word: str) -> str:
+    """On how many sets this is the verdict; empty where it is on none."""
+    told = []
+    for kind, group in (("shifted", SHIFTED), ("trained", TRAINED)):
+        verdicts = [c["verdict"] for name, c in cells.items() if name in group]
+        if word in verdicts:
+            told.append(f"{verdicts.count(word)} of {len(verdicts)} {kind} sets")
+    return " and ".join(told)
 
 
 def _ratio_of_experts(tasks: Mapping[str, Any], name: str) -> str:
