@@ -1,16 +1,17 @@
-"""Which tasks of a reference set does a delta on router logits help, and which one?
+"""Which tasks of a reference set does a delta on router logits help, which delta, and of which task is a question?
 
     deltas = fit_tasks(model, tokenizer, ReferenceSet.open("sets/train"))
 
 For every task one delta is fitted to the answers of its references (`ttrouting/shared_fit.py`), and judged by
-references that neither the fit nor the choice of its step has seen. What they do not confirm is not kept.
+references that neither the fit nor the choice of its step has seen. What they do not confirm is not kept. From all
+references a classifier learns to tell the tasks apart.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import nn
 from ttrouting.errors import ArtefactError, ConfigError
 from ttrouting.evaluation.statistics import ALPHA, sign_flip_p
 from ttrouting.refsets.builder import made
+from ttrouting.refsets.company import embedded, in_company
 from ttrouting.refsets.familiar import least_similarity
 from ttrouting.refsets.records import Record, others_than
 from ttrouting.refsets.reference_set import ReferenceSet
+from ttrouting.refsets.task_classifier import Fitted, fit_classifier
 from ttrouting.refsets.task_deltas import TaskDeltas, TaskFit, write_task_deltas
 from ttrouting.shared_fit import Part, fit_shared_delta, shared_rule
 from ttrouting.sites import find_sites
@@ -35,6 +38,8 @@ ENOUGH = 0.97  # share of held-out references answered right, from which on noth
 MIN_REFERENCES = 24  # of a task: of fewer, fewer than six would judge
 MOST_REFERENCES = 400  # that are read: 60 steps see the pairs to fit eight times, and a hundred judge
 HELD_OUT = 0.25
+IN_COMPANY = 48  # references of a task that the classifier also sees in longer texts, twice each
+MOST_OTHERS = 6  # solved references before them
 
 
 def fit_tasks(
@@ -80,9 +85,9 @@ def fit_tasks(
     target = Target(model, find_sites(model), tokenizer)
     refset.check_model(target.fingerprint)
     records = [refset.record(i) for i in range(len(refset))]
-    tasks: dict[str, list[Record]] = {}
-    for record in records:
-        tasks.setdefault(record.task, []).append(record)
+    tasks: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        tasks.setdefault(record.task, []).append(number)
     if list(tasks) == [""]:
         raise ConfigError(f"{refset.path} labels no tasks. Build it with a task, such as --task '{{subject}}'.")
     options: dict[str, Any] = {
@@ -97,14 +102,16 @@ def fit_tasks(
     wanted = max(MIN_REFERENCES, shots + 1)
     fits: list[TaskFit] = []
     deltas: list[NDArray[np.float32]] = []
+    used: dict[str, list[int]] = {}
     for number, (task, own) in enumerate(sorted(tasks.items()), 1):
         label = f"task {number} of {len(tasks)}, {task or 'without a label'}"
         say(label)
+        draw = random.Random(f"{seed}|{task}")
+        used[task] = draw.sample(own, MOST_REFERENCES) if len(own) > MOST_REFERENCES else own
         if len(own) < wanted:
             fits.append(TaskFit(task, len(own), "too few", f"{wanted} are needed"))
             continue
-        used = random.Random(f"{seed}|{task}").sample(own, MOST_REFERENCES) if len(own) > MOST_REFERENCES else own
-        pairs = _pairs(used, shots, seed)
+        pairs = _pairs([records[i] for i in used[task]], shots, seed)
         found = fit_shared_delta(model, tokenizer, pairs, progress=partial(_tell, say, label), **options)
         outcome, reason, p_value = judge(found.held, found.step)
         row = -1
@@ -115,6 +122,8 @@ def fit_tasks(
         fits.append(TaskFit(task, len(own), outcome, reason, row, *facts))
     values = np.stack(deltas) if deltas else np.zeros((0, refset.layers, refset.experts), np.float32)
     head = common_head([record.prompt for record in records])
+    say("which task a question is of")
+    known = _classifier(target, refset, records, used, head, batch_size, seed)
     say("how similar references are to each other")
     manifest = {
         "fingerprint": refset.fingerprint,
@@ -123,10 +132,42 @@ def fit_tasks(
         "first": shared_rule(layers).lowest(refset.layers),
         "head": head,
         "familiar": least_similarity(target, refset, records, head, batch_size, seed) if deltas else 0.0,
+        "classifier": {"penalty": known.penalty, "right": known.right, "loss": known.loss},
         "options": {**options, "shots": shots},
         "provenance": made(),
     }
-    return write_task_deltas(folder, values, fits, manifest)
+    return write_task_deltas(folder, values, known.classifier, fits, manifest)
+
+
+def _classifier(
+    target: Target,
+    refset: ReferenceSet,
+    records: Sequence[Record],
+    used: Mapping[str, Sequence[int]],
+    head: str,
+    batch_size: int,
+    seed: int,
+) -> Fitted:
+    """Fitted to references alone and, where the model embeds and finds questions in longer texts, in such.
+
+    Args:
+        used: numbers of references, by task in the order of classes.
+    """
+    draw, classes = random.Random(f"{seed}|company"), {task: row for row, task in enumerate(used)}
+    numbers = [number for own in used.values() for number in own]
+    vectors = refset.vectors(numbers)
+    if refset.embedder_name == "model" and head:
+        texts: list[list[int]] = []
+        for own in used.values():
+            for number in draw.sample(own, min(IN_COMPANY, len(own))):
+                for pool in (own, range(len(records))):  # as examples of its task, and as in a chat
+                    count = min(draw.randint(1, MOST_OTHERS), len(pool) - 1)
+                    before = others_than(pool.index(number), len(pool), count, draw)
+                    texts.append(in_company(target, records[number], [records[pool[i]] for i in before]))
+                    numbers.append(number)
+        vectors = np.concatenate([vectors, refset.compared(embedded(target, texts, head, batch_size))])
+    labels = np.array([classes[records[number].task] for number in numbers])
+    return fit_classifier(vectors, labels, np.array(numbers), len(classes))
 
 
 def judge(held: Part, step: int) -> tuple[str, str, float]:

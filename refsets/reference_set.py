@@ -168,6 +168,18 @@ class ReferenceSet:
 
     # --- search -------------------------------------------------------------------------------------
 
+    def compared(self, raw: Floats) -> NDArray[np.float32]:
+        """Raw embeddings `[B, D]` as the vectors that are compared: unit length, centred where the model embeds.
+
+        Raises:
+            ConfigError: another dimension, a number that is not finite, a zero vector.
+        """
+        return self._vectors.query(raw)
+
+    def vectors(self, numbers: ArrayLike) -> NDArray[np.float32]:
+        """`[n, D]`, those of references."""
+        return self._vectors[np.asarray(numbers, dtype=np.int64)]
+
     def search(
         self,
         query: Floats,
@@ -191,7 +203,7 @@ class ReferenceSet:
             ArtefactError: a file was changed.
         """
         allowed = self._allowed(use)
-        queries = self._vectors.query(query)
+        queries = self.compared(query)
         return find(
             self._vectors,
             queries,

@@ -2,11 +2,12 @@
 
     deltas = TaskDeltas.open("sets/train", refset)
     deltas.tasks["reverse/letters"].outcome, deltas.values[deltas.tasks["reverse/letters"].row]
+    deltas.classifier.probabilities(refset.compared(embeddings))  # of the tasks, in their order
 
 `deltas.json` says of each task what came of the fit and names the tensor file, which is called by its content: a kill
 between the two leaves the old pair whole. The files belong to one model and to the data of one set.
 
-Legend: `G` accepted tasks, `L` MoE layers, `E` experts.
+Legend: `G` accepted tasks, `L` MoE layers, `E` experts, `T` tasks, `D` embedding dimension.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from ttrouting.errors import ArtefactError
 from ttrouting.refsets.draft import safely
 from ttrouting.refsets.manifest import Manifest, check_hash, inside, read_signed, write_file, write_manifest
 from ttrouting.refsets.reference_set import ReferenceSet
+from ttrouting.refsets.task_classifier import TaskClassifier
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "task deltas"
 DELTAS = "deltas.json"
 AGAIN = "Fit the deltas again: ttrouting refset fit."
@@ -70,12 +72,16 @@ class TaskDeltas:
 
     Attributes:
         path: the folder. manifest: what its manifest says. values: `[G, L, E]` fp32. tasks: by label.
+        classifier: tells a question's task, by their order.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, values: NDArray[np.float32]) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, values: NDArray[np.float32], classifier: TaskClassifier
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.values = values
+        self.classifier = classifier
         self.tasks = {facts["task"]: TaskFit(**facts) for facts in manifest["tasks"]}
 
     @property
@@ -125,22 +131,28 @@ class TaskDeltas:
                 )
         if manifest["first"] >= refset.layers:
             raise ArtefactError(f"{file} begins at layer {manifest['first']} of {refset.layers}. {AGAIN}")
-        return cls(path, manifest, _read_values(path, manifest, (refset.layers, refset.experts)))
+        sizes = (refset.layers, refset.experts, refset.dimension)
+        return cls(path, manifest, *_read_tensors(path, manifest, *sizes))
 
 
 def write_task_deltas(
-    folder: Path, values: NDArray[np.float32], tasks: list[TaskFit], facts: dict[str, Any]
+    folder: Path,
+    values: NDArray[np.float32],
+    classifier: TaskClassifier,
+    tasks: list[TaskFit],
+    facts: dict[str, Any],
 ) -> TaskDeltas:
     """Write both files, the old ones stay until the new ones are whole.
 
     Args:
-        values: `[G, L, E]`, by the tasks' rows. facts: the rest of the manifest: fingerprint, refset, first, head,
-            familiar, and what is for people.
+        values: `[G, L, E]`, by the tasks' rows. classifier: of the tasks, in their order. facts: the rest of the
+            manifest: fingerprint, refset, first, head, familiar, and what is for people.
 
     Raises:
         ArtefactError: the folder cannot be written.
     """
-    data = safetensors.numpy.save({"delta": np.ascontiguousarray(values, dtype=np.float32)})
+    tensors = {"delta": values, "classifier.weight": classifier.weight, "classifier.bias": classifier.bias}
+    data = safetensors.numpy.save({k: np.ascontiguousarray(v, dtype=np.float32) for k, v in tensors.items()})
     sha = hashlib.sha256(data).hexdigest()
     name = f"deltas-{sha[:16]}.safetensors"
     manifest = {
@@ -157,10 +169,12 @@ def write_task_deltas(
         for old in folder.iterdir():
             if _TENSORS.fullmatch(old.name) and old.name != name:
                 old.unlink()
-    return TaskDeltas(folder, manifest, np.asarray(values, dtype=np.float32))
+    return TaskDeltas(folder, manifest, np.asarray(values, dtype=np.float32), classifier)
 
 
-def _read_values(folder: Path, manifest: Manifest, sizes: tuple[int, int]) -> NDArray[np.float32]:
+def _read_tensors(
+    folder: Path, manifest: Manifest, layers: int, experts: int, dimension: int
+) -> tuple[NDArray[np.float32], TaskClassifier]:
     (name,) = manifest["files"]
     check_hash(folder, manifest, name)
     file = inside(folder, name)
@@ -168,13 +182,20 @@ def _read_values(folder: Path, manifest: Manifest, sizes: tuple[int, int]) -> ND
         arrays = safetensors.numpy.load(file.read_bytes())
     except (SafetensorError, OSError, KeyError) as error:
         raise ArtefactError(f"{file} is no safetensors file of deltas: {error}. {AGAIN}") from None
-    count = sum(task["row"] >= 0 for task in manifest["tasks"])
-    values = arrays.get("delta")
-    if values is None or values.dtype != np.float32 or values.shape != (count, *sizes):
-        raise ArtefactError(f"{file} should hold delta, fp32 {[count, *sizes]} (tasks, layers, experts). {AGAIN}")
-    if not np.isfinite(values).all():
-        raise ArtefactError(f"{file} holds deltas that are not finite. {AGAIN}")
-    return values
+    tasks = manifest["tasks"]
+    shapes = {
+        "delta": (sum(task["row"] >= 0 for task in tasks), layers, experts),
+        "classifier.weight": (len(tasks), dimension),
+        "classifier.bias": (len(tasks),),
+    }
+    for key, shape in shapes.items():
+        values = arrays.get(key)
+        if values is None or values.dtype != np.float32 or values.shape != shape:
+            raise ArtefactError(f"{file} should hold {key}, fp32 {list(shape)}. {AGAIN}")
+        if not np.isfinite(values).all():
+            raise ArtefactError(f"{file} holds numbers of {key} that are not finite. {AGAIN}")
+    classifier = TaskClassifier(arrays["classifier.weight"], arrays["classifier.bias"])
+    return arrays["delta"], classifier
 
 
 def _lacking(manifest: Manifest) -> str:

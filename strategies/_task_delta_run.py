@@ -1,4 +1,4 @@
-"""Task deltas during one call: the prompt is read, neighbours vote, the deltas' mean is added, and kept if it may be.
+"""Task deltas during one call: a prompt is read, its task recognised, the task's delta added, and kept if it may be.
 
 Legend: `B` sequences, `L` MoE layers, `E` experts, `N` tokens, `D` embedding dimension.
 """
@@ -21,13 +21,13 @@ from ttrouting.pathways import recording
 from ttrouting.rows import Rows
 from ttrouting.session import Session
 from ttrouting.sites import Site
-from ttrouting.strategies._task_votes import (
-    Vote,
-    ask_votes,
+from ttrouting.strategies._task_recognition import (
+    Recognised,
     compared_texts,
     compared_tokens,
     mean_deltas,
     question_starts,
+    recognise,
     refusal,
     told,
     verdict,
@@ -69,7 +69,7 @@ class TaskDeltaRun(RoutingRun):
     # --- life -------------------------------------------------------------------------------------
 
     def prepare(self, context: Context) -> None:
-        """Read the prompt, let neighbours vote, read it again under what they voted for."""
+        """Read the prompt, recognise its task, read it again under the task's delta."""
         session, clock = self.session, Clock()
         self.delta = torch.zeros_like(self.delta)
         opening = Opening(
@@ -78,14 +78,14 @@ class TaskDeltaRun(RoutingRun):
         with summarise(session) as base:
             query, log_before = self._embedding(context, opening)
         clock.lap("read")
-        votes = ask_votes(self.strategy, query)
+        recognised = recognise(self.strategy, query)
         no_harm = session.plan.target.no_harm
-        outcomes = [refusal(self.strategy, vote, no_harm) for vote in votes]
+        outcomes = [refusal(self.strategy, one, no_harm) for one in recognised]
         wanted = torch.tensor([not outcome for outcome in outcomes], device=self.delta.device)  # [B]
-        clock.lap("vote")
-        adapted, kl = None, [0.0] * len(votes)
+        clock.lap("recognise")
+        adapted, kl = None, [0.0] * len(recognised)
         if bool(wanted.any()):
-            self.delta = torch.where(wanted[:, None, None], mean_deltas(self.strategy, votes, self.delta), 0)
+            self.delta = torch.where(wanted[:, None, None], mean_deltas(self.strategy, recognised, self.delta), 0)
             with summarise(session) as adapted:
                 _, log_after = opening.end()
             kl = divergence(log_after, log_before).tolist()
@@ -97,8 +97,8 @@ class TaskDeltaRun(RoutingRun):
         if "accepted" not in outcomes:
             opening.undo()
         clock.lap("judge")
-        for i, (vote, outcome) in enumerate(zip(votes, outcomes, strict=True)):
-            self.facts[i] = self._note(i, vote, outcome, kl[i], base, adapted) | {"milliseconds": clock.milliseconds}
+        for i, (one, outcome) in enumerate(zip(recognised, outcomes, strict=True)):
+            self.facts[i] = self._note(i, one, outcome, kl[i], base, adapted) | {"milliseconds": clock.milliseconds}
 
     def expand(self, repeats: int) -> None:
         self.delta = self.delta.repeat_interleave(repeats, 0)
@@ -113,7 +113,7 @@ class TaskDeltaRun(RoutingRun):
     def report(self, sequence: int) -> dict[str, Any]:
         return self.facts[sequence] or {"outcome": "not adapted"}
 
-    # --- the vote ---------------------------------------------------------------------------------
+    # --- what is compared -------------------------------------------------------------------------
 
     def _embedding(self, context: Context, opening: Opening) -> tuple[NDArray[Any], Tensor]:
         """Embeddings `[B, D]` of what is compared, and log-probabilities `[B, V]` of each next token."""
@@ -127,14 +127,20 @@ class TaskDeltaRun(RoutingRun):
         return recorder.pooled().double().cpu().numpy(), log_before
 
     def _note(
-        self, i: int, vote: Vote, outcome: str, kl: float, base: RoutingSummary, adapted: RoutingSummary | None
+        self,
+        i: int,
+        recognised: Recognised,
+        outcome: str,
+        kl: float,
+        base: RoutingSummary,
+        adapted: RoutingSummary | None,
     ) -> dict[str, Any]:
         """What happened to a sequence, as plain values."""
         names = [site.name for site in self.session.sites]
         moved = outcome == "accepted" and adapted is not None
         return {
             "outcome": outcome,
-            **told(self.strategy, vote),
+            **told(self.strategy, recognised),
             "kl": kl,
             "layers": names[self.first :] if moved else [],
             "experts": changes(base, adapted, i, names) if moved and adapted is not None else [],

@@ -1,7 +1,7 @@
 """Task deltas: what labelled references of a task taught once is added to router logits of prompts like them.
 
-C3PO's neighbourhood gradient descent learns from a question's neighbours anew for every question. Here one delta was
-fitted for each task of a reference set beforehand (`ttrouting refset fit`), and a prompt's neighbours vote for tasks.
+C3PO's neighbourhood gradient descent learns from a question's neighbours anew for every question. Here `ttrouting
+refset fit` fitted one delta for each task of a reference set beforehand, and a classifier that tells the tasks apart.
 What happens during a call is in `_task_delta_run.py`.
 """
 
@@ -26,20 +26,19 @@ from ttrouting.target import Target
 
 @dataclass(frozen=True)
 class TaskDelta(AsksReferences, RoutingStrategy):
-    """Add `sum_g share_g delta_g` to the router logits of every token of prompt and answer.
+    """Add `sum_g p_g delta_g` to the router logits of every token of prompt and answer.
 
-    `share_g` is the share of the vote that task g gets from the prompt's k nearest references, each weighted by a
-    Gaussian kernel of its distance (width: their median distance); `delta_g [L, E]` was fitted to the answers of the
-    task's references, and is 0 where held-out references did not confirm it.
+    `p_g` is the probability of task g by multinomial logistic regression on the prompt's mean-pooled hidden state;
+    `delta_g [L, E]` was fitted to the answers of the task's references, and is 0 where held-out references did not
+    confirm it.
 
-    A prompt that is unlike every reference, or whose vote is not decided, keeps its base routing. With `no_harm` so
-    does one whose leading task has no confirmed delta, and one whose next-token distribution would move too far.
+    A prompt that is unlike every reference, or whose task is not certain, keeps its base routing. With `no_harm` so
+    does one whose task has no confirmed delta, and one whose next-token distribution would move too far.
 
     Args:
         refset: a reference set, its folder, or `pocket` for the one shipped for the pocket model.
         deltas: folder that `ttrouting refset fit` wrote into; None: the set's own.
-        k: references that vote.
-        min_share: share of the vote that the leading task needs; high, as a task that looks like it may need none.
+        min_probability: that the most probable task needs; high, as a task that looks like it may need no delta.
         min_similarity: cosine to the nearest reference that a prompt needs; None: three quarters of the
             least that the set's own questions were measured to have when the deltas were fitted.
         embed_on: what of a prompt is compared with references, which are single questions: `question`, from where the
@@ -52,15 +51,14 @@ class TaskDelta(AsksReferences, RoutingStrategy):
     """
 
     name: ClassVar[str] = "task_delta"
-    summary: ClassVar[str] = "deltas fitted once for each task, chosen by neighbours; one more prefill, decode free"
+    summary: ClassVar[str] = "deltas fitted once for each task, which is recognised; one more prefill, decode free"
     order: ClassVar[int] = 15
     unique: ClassVar[bool] = True
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"k": (4, 8, 16), "kl_limit": (5.0, 10.0, 20.0)}
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"min_probability": (0.5, 0.8, 0.95)}
 
     refset: str | ReferenceSet = "pocket"
     deltas: str | None = None
-    k: int = 8
-    min_share: float = 0.8
+    min_probability: float = 0.8
     min_similarity: float | None = None
     embed_on: str = "question"
     kl_limit: float = 10.0
@@ -71,8 +69,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         self.check_refset()
         if self.deltas is not None and not isinstance(self.deltas, (str, os.PathLike)):
             raise ConfigError(f"task_delta.deltas must be the folder of fitted deltas, got {self.deltas!r}.")
-        in_range(self.name, "k", self.k, 1, 1000, whole=True)
-        in_range(self.name, "min_share", self.min_share, 0, 1)
+        in_range(self.name, "min_probability", self.min_probability, 0, 1)
         if self.min_similarity is not None:
             in_range(self.name, "min_similarity", self.min_similarity, -1, 1)
         in_range(self.name, "kl_limit", self.kl_limit, 0, open_low=True)
@@ -119,11 +116,6 @@ class TaskDelta(AsksReferences, RoutingStrategy):
                 "head. Load the ...ForCausalLM class."
             )
         self.check_references(target)
-        if self.k > len(self.references):
-            raise ConfigError(
-                f"task_delta.k={self.k} asks for {self.k} votes; this reference set has {len(self.references)} "
-                "references. Use a smaller k or a larger set."
-            )
         if self.identity:
             return
         if target.tokenizer is None and (self.question is not None or self.embedder is not None):
@@ -134,7 +126,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         check_head(target)
 
     def start(self, session: Session) -> RoutingRun:
-        """Nothing is added before neighbours have voted."""
+        """Nothing is added before the task is recognised."""
         from ttrouting.strategies._task_delta_run import TaskDeltaRun
 
         return TaskDeltaRun(self, session)

@@ -84,8 +84,7 @@ EXAMPLES = {
     "task_delta": lambda: ttr.TaskDelta(
         "my_set",
         deltas="my_deltas",
-        k=5,
-        min_share=0.7,
+        min_probability=0.7,
         min_similarity=0.3,
         embed_on="all",
         kl_limit=1.5,

@@ -18,6 +18,7 @@ from ttrouting.pocket.skills import sample
 from ttrouting.refsets import ReferenceSet, TaskDeltas, TaskFit, build, fit_tasks, task_deltas
 from ttrouting.refsets.familiar import least_similarity
 from ttrouting.refsets.fitting import common_head, judge
+from ttrouting.refsets.task_classifier import TaskClassifier
 from ttrouting.refsets.task_deltas import DELTAS, write_task_deltas
 from ttrouting.shared_fit import Answered, Part, fit_shared_delta
 from ttrouting.target import Target
@@ -101,10 +102,22 @@ def values(seed=0):
     return np.random.default_rng(seed).normal(size=(2, 3, 5)).astype(np.float32)
 
 
+def classifier(refset, seed=0):
+    random = np.random.default_rng(seed)
+    weight, bias = random.normal(size=(3, refset.dimension)), random.normal(size=3)
+    return TaskClassifier(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def write(refset, deltas, tasks=TASKS):
+    write_task_deltas(refset.path, deltas, classifier(refset), tasks, facts(refset))
+
+
 def test_deltas_come_back(refset):
-    write_task_deltas(refset.path, values(), TASKS, facts(refset))
+    write(refset, values())
     back = TaskDeltas.open(refset.path, refset)
     assert np.array_equal(back.values, values())
+    assert np.array_equal(back.classifier.weight, classifier(refset).weight)
+    assert np.array_equal(back.classifier.bias, classifier(refset).bias)
     assert list(back.tasks.values()) == TASKS
     assert [task.task for task in back.accepted] == ["t0", "t2"]
     assert (back.first, back.head) == (1, "Q: ")
@@ -112,7 +125,7 @@ def test_deltas_come_back(refset):
 
 
 def test_a_kill_leaves_the_old_deltas_or_the_new_ones(refset, monkeypatch):
-    write_task_deltas(refset.path, values(0), TASKS, facts(refset))
+    write(refset, values(0))
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -120,9 +133,9 @@ def test_a_kill_leaves_the_old_deltas_or_the_new_ones(refset, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(task_deltas, "write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
-            write_task_deltas(refset.path, values(1), TASKS, facts(refset))
+            write(refset, values(1))
     assert np.array_equal(TaskDeltas.open(refset.path, refset).values, values(0))
-    write_task_deltas(refset.path, values(2), TASKS, facts(refset))
+    write(refset, values(2))
     assert np.array_equal(TaskDeltas.open(refset.path, refset).values, values(2))
     assert len(list(refset.path.glob("deltas-*.safetensors"))) == 1
 
@@ -145,12 +158,16 @@ DAMAGE = {
     ),
     "other data": (lambda folder, file: signed(folder, lambda m: m.update(refset="f" * 64)), "another reference set"),
     "other model": (lambda folder, file: signed(folder, lambda m: m.update(fingerprint="f" * 64)), "another model"),
-    "other schema": (lambda folder, file: signed(folder, lambda m: m.update(schema=2)), "schema 2; this version"),
+    "other schema": (lambda folder, file: signed(folder, lambda m: m.update(schema=1)), "schema 1; this version"),
     "no layers": (lambda folder, file: signed(folder, lambda m: m.update(first=3)), "begins at layer 3 of 3"),
     "a task twice": (lambda folder, file: signed(folder, lambda m: m["tasks"].append(m["tasks"][1])), "one entry"),
     "a row too many": (
         lambda folder, file: signed(folder, lambda m: m["tasks"][1].update(outcome="accepted", row=2)),
         r"should hold delta, fp32 \[3, 3, 5\]",
+    ),
+    "a task that the classifier does not know": (
+        lambda folder, file: signed(folder, lambda m: m["tasks"].append({**m["tasks"][1], "task": "t9"})),
+        r"should hold classifier.weight, fp32 \[4, 12\]",
     ),
     "outside": (
         lambda folder, file: signed(folder, lambda m: m.update(files={"../x": next(iter(m["files"].values()))})),
@@ -161,7 +178,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_files_that_are_refused(refset, name):
-    write_task_deltas(refset.path, values(), TASKS, facts(refset))
+    write(refset, values())
     harm, words = DAMAGE[name]
     harm(refset.path, next(refset.path.glob("deltas-*.safetensors")))
     with pytest.raises(ttr.ArtefactError, match=words):
@@ -169,8 +186,8 @@ def test_files_that_are_refused(refset, name):
 
 
 def test_numbers_that_are_not_finite_are_refused(refset):
-    write_task_deltas(refset.path, values() * np.nan, TASKS, facts(refset))
-    with pytest.raises(ttr.ArtefactError, match="not finite"):
+    write(refset, values() * np.nan)
+    with pytest.raises(ttr.ArtefactError, match="numbers of delta that are not finite"):
         TaskDeltas.open(refset.path, refset)
 
 
@@ -248,6 +265,7 @@ def test_the_command_fits_what_is_wrong_and_leaves_what_is_right(small, tmp_path
     found = json.loads(done.stdout)
     by_task = {task["task"]: task for task in found["tasks"]}
     assert found["head"] == "Q: "
+    assert found["classifier"]["right"] > 0.9
     assert {name: task["outcome"] for name, task in by_task.items()} == {
         "add/digits": "too few",
         "reverse/letters": "accepted",

@@ -349,14 +349,20 @@ def test_a_run_and_what_is_collected_of_it(tmp_path, monkeypatch, capsys):
 
 
 def test_what_was_kept_is_not_run_again(tmp_path, monkeypatch, capsys, results):
-    """A variant that earlier results hold is skipped and stays; one that reads another reference set is forgotten."""
+    """A variant that earlier results hold is skipped and stays; one that reads what has changed is forgotten."""
     monkeypatch.setattr(example, "LOOKED_AT", 2)
     file, place = tmp_path / "results.json", Place(0, SEARCHES, tmp_path / "study", 4)
-    kept = {"base": "1100", "cost": cost(), "variants": {n: variant("1110") for n in ("scmoe", "task_delta")}}
-    options = {"scmoe": {"0": [ttr.SCMoE().to_dict()]}, "task_delta": {"0": [ttr.TaskDelta().to_dict()]}}
+    kept = {"base": "1100", "cost": cost(), "variants": {n: variant("1110") for n in ("scmoe", "task_delta", "c3po")}}
+    made = {"scmoe": ttr.SCMoE(), "task_delta": ttr.TaskDelta(), "c3po": ttr.C3PO()}
+    options = {name: {"0": [one.to_dict()]} for name, one in made.items()}
     now = earlier.made_from(place)
     results |= {"runs": {"0": {"add_digits": kept}}, "oracles": {}, "options": options}
-    for made_from, left in ((now, {"scmoe", "task_delta"}), ({**now, "deltas": "others"}, {"scmoe"}), ({}, None)):
+    for made_from, left in (
+        (now, {"scmoe", "task_delta", "c3po"}),
+        ({**now, "deltas": "others"}, {"scmoe", "c3po"}),
+        ({**now, "manifest": "another"}, {"scmoe"}),
+        ({}, None),
+    ):
         file.write_text(json.dumps(results | {"about": results["about"] | {"made_from": made_from}}))
         runs = earlier.earlier(place, file)["runs"]
         assert (set(runs["0"]["add_digits"]["variants"]) if runs else None) == left
@@ -367,7 +373,7 @@ def test_what_was_kept_is_not_run_again(tmp_path, monkeypatch, capsys, results):
     assert not (place.folder / "runs" / "scmoe").exists()
     found = collect.collect(place.out, 4, file)
     assert found["runs"]["0"]["add_digits"]["variants"]["scmoe"]["right"] == "1110"
-    assert set(found["runs"]["0"]["add_digits"]["variants"]) == {"scmoe", "task_delta", "dynamic_k"}
+    assert set(found["runs"]["0"]["add_digits"]["variants"]) == {"scmoe", "task_delta", "c3po", "dynamic_k"}
     file.write_text("{")
     with pytest.raises(ttr.ArtefactError, match="damaged"):
         earlier.earlier(place, file)

@@ -1,21 +1,25 @@
-"""Task deltas during a call: votes and deltas by plain formulas, decoding by hand-patched routers, rows apart."""
+"""Task deltas during a call: tasks and deltas by plain formulas, decoding by hand-patched routers, rows apart."""
 
 import dataclasses
+import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import ttrouting as ttr
 from families.build import build as tiny
-from oracles.c3po import PlainSet, kernel
+from oracles.c3po import PlainSet
 from oracles.double import build_double
 from oracles.plain_router import full_logits, plain_routing
 from oracles.questions import needs_pocket
 from ttrouting import refsets
 from ttrouting.pocket.skills import few_shot_prompt, is_correct, sample
 from ttrouting.refsets import ReferenceSet, TaskFit, fit_tasks
+from ttrouting.refsets.task_classifier import TaskClassifier
 from ttrouting.refsets.task_deltas import write_task_deltas
 
 L, E, NEW = 4, 8, 5
@@ -36,8 +40,8 @@ def folder(tokenizer, tmp_path_factory):
     return refsets.build(tiny("olmoe"), tokenizer, rows, tmp_path_factory.mktemp("tasks") / "set", **shape).path
 
 
-def bank(folder, out, accepted=("low", "digit"), scale=1.0, first=0, head="Q "):
-    """Random deltas for some tasks, written as a fit writes them."""
+def bank(folder, out, accepted=("low", "digit"), scale=1.0, first=0, head="Q ", weight=None):
+    """Random deltas for some tasks and a random classifier, written as a fit writes them."""
     refset = ReferenceSet.open(folder)
     fits, row = [], 0
     for task in LETTERS:
@@ -47,7 +51,10 @@ def bank(folder, out, accepted=("low", "digit"), scale=1.0, first=0, head="Q "):
     values = scale * np.random.default_rng(0).normal(size=(row, L, E)).astype(np.float32)
     values[:, :first] = 0
     facts = {"fingerprint": refset.fingerprint, "refset": refset.identity, "first": first, "head": head}
-    write_task_deltas(out, values, fits, {**facts, "familiar": -1.0})
+    if weight is None:
+        weight = 2 * np.random.default_rng(1).normal(size=(len(fits), refset.dimension))
+    classifier = TaskClassifier(weight.astype(np.float32), np.float32([0.1, 0.0, -0.1]))
+    write_task_deltas(out, values, classifier, fits, {**facts, "familiar": -1.0})
     return str(out)
 
 
@@ -66,7 +73,7 @@ def make(folder, deltas):
     """The strategy with a random model's similarities, which say little: nothing is too far."""
 
     def strategy(**options):
-        base = {"refset": str(folder), "deltas": deltas, "min_share": 0.0, "kl_limit": 1e9}
+        base = {"refset": str(folder), "deltas": deltas, "min_probability": 0.0, "kl_limit": 1e9}
         return ttr.TaskDelta(**base | options)
 
     return strategy
@@ -81,42 +88,47 @@ def call(model, tokenizer, strategies, prompts, no_harm=True, **more):
         return out, reports, adapted.state.tensors.get("task_delta", {}).get("delta")
 
 
-def plain_vote(folder, tokenizer, model, prompt, k, start=0):
-    """Shares by task, and the nearest cosine; the mean hidden state is over tokens from `start` on."""
+def plain_tasks(folder, deltas, tokenizer, model, prompt, start=0):
+    """Probabilities by task, and the nearest cosine; the mean hidden state is over tokens from `start` on."""
     plain = PlainSet(folder, tokenizer)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     with torch.no_grad():
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    found = plain.nearest(hidden[start:].mean(0).numpy(), k, "all", most=1.0)
-    shares = {}
-    for (number, _, _), weight in zip(found, kernel("gaussian", found), strict=True):
-        task = plain.records[number]["task"]
-        shares[task] = shares.get(task, 0.0) + weight
-    return shares, found[0][1]
+        pooled = model.model(input_ids=ids, use_cache=False).last_hidden_state[0][start:].mean(0).numpy()
+    (file,) = Path(deltas).glob("deltas-*.safetensors")
+    tensors = safetensors.numpy.load_file(file)
+    rows = zip(LETTERS, tensors["classifier.weight"], tensors["classifier.bias"], strict=True)
+    powers = {task: math.exp(float((w * plain.query(pooled)).sum() + b)) for task, w, b in rows}
+    found = {task: power / sum(powers.values()) for task, power in powers.items()}
+    return found, plain.nearest(pooled, 1, "all", most=1.0)[0][1]
 
 
 def told(report):
-    return {vote["task"]: vote["share"] for vote in report["votes"]}
+    return {one["task"]: one["probability"] for one in report["tasks"]}
+
+
+def likely(found):
+    """Those that a report names."""
+    return {task: p for task, p in found.items() if p >= 0.01}
 
 
 # --- the formula ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("true_double")
-@pytest.mark.parametrize("k", [3, 8])
-def test_the_delta_is_the_mean_of_the_tasks_deltas_by_their_shares(model, folder, tokenizer, make, k):
+def test_the_delta_is_the_mean_of_the_tasks_deltas_by_their_probabilities(model, folder, tokenizer, make):
     values = dict(zip(("low", "digit"), ttr.TaskDelta(str(folder), make().deltas).bank.values, strict=True))
     mixed = 0
     for seed in range(9):
         prompt = question(("low", "digit", "sign")[seed % 3], 100 + seed)
-        shares, nearest = plain_vote(folder, tokenizer, model, prompt, k)
-        _, (report,), delta = call(model, tokenizer, make(k=k), [prompt], no_harm=False)
-        assert told(report) == pytest.approx(shares, abs=2e-4)
+        found, nearest = plain_tasks(folder, make().deltas, tokenizer, model, prompt)
+        _, (report,), delta = call(model, tokenizer, make(), [prompt], no_harm=False)
+        assert told(report) == pytest.approx(likely(found), abs=2e-4)
+        assert list(told(report)) == sorted(likely(found), key=lambda task: -found[task])
         assert report["similarity"] == pytest.approx(nearest, abs=1e-3)
-        expected = sum(shares.get(name, 0.0) * torch.from_numpy(v).double() for name, v in values.items())
-        torch.testing.assert_close(delta[0], expected + torch.zeros(L, E), atol=1e-5, rtol=0)
-        mixed += len(shares) > 1
-    assert mixed, "every vote is unanimous: the test cannot tell"
+        expected = sum(likely(found).get(name, 0.0) * torch.from_numpy(v).double() for name, v in values.items())
+        torch.testing.assert_close(delta[0], expected + torch.zeros(L, E), atol=1e-4, rtol=0)
+        mixed += max(found.values()) < 0.9
+    assert mixed, "every task is certain: the test cannot tell"
 
 
 @pytest.mark.usefixtures("true_double")
@@ -164,12 +176,12 @@ def test_the_last_question_of_a_prompt_is_compared(model, folder, tokenizer, mak
         before = "".join(question("digit", 20 + seed + i) + " yes\n" for i in range(3))
         prompt = before + question("low", 60 + seed)
         for embed_on, start in (("question", len(before)), ("all", 0), (r"yes\n", len(before) - 4)):
-            shares, nearest = plain_vote(folder, tokenizer, model, prompt, 8, start)
+            found, nearest = plain_tasks(folder, make().deltas, tokenizer, model, prompt, start)
             _, (report,), _ = call(model, tokenizer, make(embed_on=embed_on), [prompt])
-            assert told(report) == pytest.approx(shares, abs=2e-4)
+            assert told(report) == pytest.approx(likely(found), abs=2e-4)
             assert report["similarity"] == pytest.approx(nearest, abs=1e-3)
-        whole = plain_vote(folder, tokenizer, model, prompt, 8)[0]
-        apart += whole != plain_vote(folder, tokenizer, model, prompt, 8, len(before))[0]
+        whole, part = (plain_tasks(folder, make().deltas, tokenizer, model, prompt, n)[0] for n in (0, len(before)))
+        apart += abs(whole["low"] - part["low"]) > 0.01
     assert apart, "the part does not matter: the test cannot tell"
 
 
@@ -212,16 +224,15 @@ def test_prompts_that_keep_their_base_routing(olmoe, folder, tokenizer, make, tm
     kept(olmoe, tokenizer, make(min_similarity=1.0), prompt, "similar to the nearest reference, 1.00 is needed")
     kept(olmoe, tokenizer, make(kl_limit=1e-9), prompt, "rolled back: next-token KL")
     report = call(olmoe, tokenizer, make(), [prompt])[1][0]
-    leader = report["votes"][0]
+    leader = report["tasks"][0]
     others = [task for task in LETTERS if task != leader["task"]]
     without = make(deltas=bank(folder, tmp_path / "others", accepted=others))
     kept(olmoe, tokenizer, without, prompt, f"skipped: no delta for {leader['task']} (rejected)")
-    many = call(olmoe, tokenizer, make(k=36), [prompt])[1][0]["votes"]
-    assert len(many) == 3
-    undecided = make(k=36, min_share=many[0]["share"] + 0.01)
-    kept(olmoe, tokenizer, undecided, prompt, "skipped: the vote is not decided")
-    # without no-harm a minority's delta applies by its share, and any KL may be
-    loose = make(deltas=without.deltas, k=36, kl_limit=1e-9)
+    assert len(report["tasks"]) == 3
+    uncertain = make(min_probability=leader["probability"] + 0.01)
+    kept(olmoe, tokenizer, uncertain, prompt, f"skipped: the task is not certain, {leader['task']} has")
+    # without no-harm a less probable task's delta applies by its probability, and any KL may be
+    loose = make(deltas=without.deltas, kl_limit=1e-9)
     report, delta = call(olmoe, tokenizer, loose, [prompt], no_harm=False)[1:]
     assert report[0]["outcome"] == "accepted"
     assert delta.any()
@@ -342,7 +353,7 @@ def test_state_gives_what_generate_had(model, tokenizer, make, tmp_path):
             logits = adapted(**inputs, state=learned).logits[:, -1]
             torch.testing.assert_close(logits.float(), one.logits[0], atol=1e-6, rtol=1e-6)
         assert torch.equal(adapted(**inputs).logits, model(**inputs).logits)
-        # the next turn of a chat votes anew: it may be of another task
+        # the next turn of a chat is looked at anew: it may be of another task
         turn = adapted.generate(**other, max_new_tokens=1, state=state, **DICT)
         fresh = adapted.generate(**other, max_new_tokens=1, **DICT)
         torch.testing.assert_close(turn.logits, fresh.logits, atol=1e-9, rtol=0)
@@ -365,7 +376,7 @@ def test_nothing_is_left_behind(olmoe, tokenizer, make, untouched, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("ttrouting.strategies._task_delta_run.ask_votes", interrupted)
+            patch.setattr("ttrouting.strategies._task_delta_run.recognise", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 call(olmoe, tokenizer, make(), prompts)
 
@@ -373,8 +384,7 @@ def test_nothing_is_left_behind(olmoe, tokenizer, make, untouched, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"k": 0}, r"task_delta\.k must be in"),
-        ({"min_share": 1.1}, r"task_delta\.min_share must be in \[0, 1\]"),
+        ({"min_probability": 1.1}, r"task_delta\.min_probability must be in \[0, 1\]"),
         ({"kl_limit": 0}, r"task_delta\.kl_limit must be in \(0"),
         ({"embed_on": "("}, "is no regular expression"),
         ({"embed_on": ""}, "'question', 'all' or a regular expression"),
@@ -394,8 +404,6 @@ def test_models_sets_and_deltas_that_do_not_belong_together(olmoe, folder, token
         ttr.adapt(olmoe, make(deltas=None), tokenizer=tokenizer)
     with pytest.raises(ttr.ArtefactError, match="was built with"):
         ttr.adapt(tiny("olmoe", seed=5), make(), tokenizer=tokenizer)
-    with pytest.raises(ttr.ConfigError, match="asks for 37 votes"):
-        ttr.adapt(olmoe, make(k=37), tokenizer=tokenizer)
     with pytest.raises(ttr.ConfigError, match="needs the tokenizer"):
         ttr.adapt(olmoe, make())
     with pytest.raises(ttr.ConfigError, match="embedded by the model itself"):
@@ -413,12 +421,13 @@ def test_a_set_with_an_embedder_of_its_own_gets_the_text_of_the_question(olmoe, 
     rows = [{"q": question(task, i), "a": "yes", "task": task} for i in range(12) for task in LETTERS]
     shape = {"prompt": "{q}", "answer": "{a}", "task": "{task}", "keep": "all", "embedder": letters}
     folder = refsets.build(tiny("olmoe"), tokenizer, rows, tmp_path / "set", **shape).path
-    strategy = ttr.TaskDelta(str(folder), bank(folder, tmp_path / "deltas"), embedder=letters, kl_limit=1e9)
+    deltas = bank(folder, tmp_path / "deltas", weight=20 * np.eye(3))  # a dimension for each task
+    strategy = ttr.TaskDelta(str(folder), deltas, embedder=letters, kl_limit=1e9)
     prompt = question("digit", 1) + " yes\n" + question("low", 2)
     _, (report,), _ = call(olmoe, tokenizer, strategy, [prompt])
     assert asked[-1] == question("low", 2)
-    assert report["votes"][0] == {"task": "low", "share": pytest.approx(1.0), "delta": "accepted"}
-    assert dataclasses.replace(strategy, k=3).to_dict()["embedder"] == "callable:letters"
+    assert report["tasks"] == [{"task": "low", "probability": pytest.approx(1.0), "delta": "accepted"}]
+    assert dataclasses.replace(strategy, min_probability=0.5).to_dict()["embedder"] == "callable:letters"
 
 
 # --- on a model whose routing means something -------------------------------------------------------------

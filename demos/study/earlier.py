@@ -1,8 +1,8 @@
 """What does the file of results already tell? A study takes a night: what was found and kept is not run again.
 
 Results count as long as they are of this model and of as many questions; those of strategies that read the shipped
-reference set, as long as set and fitted deltas are the same as well. Nothing else is looked at: after a change of
-code that matters, start anew with --results naming a file that is not there.
+reference set, as long as it is the same, and so with the deltas that were fitted on it. Nothing else is looked at:
+after a change of code that matters, start anew with --results naming a file that is not there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from demos.study.place import Place
 
 RESULTS = Path("docs/results.json")
 SET = Path("refsets/shipped/pocket")
+READ_BY = {"manifest": "refset", "deltas": "deltas"}  # part of the set, and the option of strategies that read it
 
 
 def made_from(place: Place) -> dict[str, Any]:
@@ -41,13 +42,14 @@ def earlier(place: Place, file: Path = RESULTS) -> dict[str, Any]:
     was, now = found["about"].get("made_from", {}), made_from(place)
     if any(was.get(name) != now[name] for name in ("fingerprint", "n")):
         return nothing
-    if was != now:
-        _forget(found, {name for name, options in found["options"].items() if _reads_the_set(options)})
+    for what, option in READ_BY.items():
+        if was.get(what) != now[what]:
+            _forget(found, {name for name, options in found["options"].items() if _has(option, options)})
     return {name: found[name] for name in nothing}
 
 
-def _reads_the_set(options: Mapping[str, list[dict[str, Any]]]) -> bool:
-    return any("refset" in strategy for strategies in options.values() for strategy in strategies)
+def _has(option: str, options: Mapping[str, list[dict[str, Any]]]) -> bool:
+    return any(option in strategy for strategies in options.values() for strategy in strategies)
 
 
 def _forget(found: dict[str, Any], names: set[str]) -> None:

@@ -129,14 +129,14 @@ class PlainSet:
             row = (row - self.mean) / self.scale
         return row / math.sqrt(sum(x * x for x in row))
 
-    def _query(self, raw: Any) -> np.ndarray:
+    def query(self, raw: Any) -> np.ndarray:
         raw = np.asarray(raw, dtype=np.float64)
         unit = raw / math.sqrt(sum(x * x for x in raw))
         return self._compared(unit.astype(np.float32).astype(np.float64))  # a small scale makes this rounding large
 
     def nearest(self, query: Any, k: int, use: str = "successful", most: float = 0.95, eps: float = 9.0) -> list:
         """By embedding `[D]`, one by one."""
-        one = self._query(query)
+        one = self.query(query)
         found = []
         for number, row in enumerate(self.vectors):
             cosine = float((row * one).sum())
@@ -149,7 +149,7 @@ class PlainSet:
         self, query: Any, omega: np.ndarray, first: int, k: int, use: str = "successful", most: float = 0.95
     ) -> list:
         """By scores `[L, E]` in the layers from `first` up; leaks are still those of the embedding."""
-        one = self._query(query)
+        one = self.query(query)
         found = []
         for number, path in enumerate(self.omega):
             cosine = float((self.vectors[number] * one).sum())

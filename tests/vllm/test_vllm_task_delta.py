@@ -58,13 +58,13 @@ def expected(
 
 def brief(facts: dict[str, Any]) -> tuple[Any, ...]:
     """What of a report must be the same: why, who leads, how near, how far the next token moved."""
-    leader = facts["votes"][0]["task"]
+    leader = facts["tasks"][0]["task"]
     return facts["outcome"].split(":")[0], leader, round(facts["similarity"], 2), round(facts.get("kl", 0.0), 2)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "everything is near": {"embed_on": "all", "min_share": 0.0, "min_similarity": -1.0},
+    "everything is near": {"embed_on": "all", "min_probability": 0.0, "min_similarity": -1.0},
     "nothing may move": {"kl_limit": 1e-3},
 }
 
@@ -118,7 +118,7 @@ def test_an_aborted_request_leaves_nothing(pocket: tuple[Any, Any, Any]) -> None
     [
         ({"deltas": "somewhere"}, "cannot name a folder"),
         ({"refset": "arc"}, "No reference set 'arc'"),
-        ({"k": 0}, "task_delta.k"),
+        ({"min_probability": 2}, "task_delta.min_probability"),
     ],
 )
 def test_what_is_refused(pocket: tuple[Any, Any, Any], options: dict[str, Any], says: str) -> None:

@@ -70,6 +70,8 @@ def command(
     output.show(_table(deltas))
     fits = list(deltas.tasks.values())
     output.note(f"{len(deltas.accepted)} of {len(fits)} tasks have a delta, in {deltas.path}.")
+    known = deltas.manifest["classifier"]
+    output.note(f"Of questions that it has not seen the classifier knows the task of {100 * known['right']:.1f} %.")
     if all(fit.outcome == "not needed" for fit in fits) and found.manifest["counts"]["correct"] == len(found):
         output.note(
             "This set holds right answers only. Build it with --keep all, so that there is something to mend."
@@ -82,6 +84,7 @@ def command(
             "tasks": [asdict(fit) for fit in fits],
             "options": deltas.manifest["options"],
             "head": deltas.head,
+            "classifier": known,
         }
     )
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from ttrouting.vllm.attach import Attached
 from ttrouting.vllm.contrasting import keep
 from ttrouting.vllm.neighbours import look_up
+from ttrouting.vllm.recognising import read_again
 from ttrouting.vllm.routing import Parts
 from ttrouting.vllm.settings import KEY
 from ttrouting.vllm.slots import WATCHED
 from ttrouting.vllm.spec import Wanted, parse
-from ttrouting.vllm.voting import vote
 
 KEEP_REPORTS = 1000
 KEEP_PARSED = 64
@@ -38,8 +38,8 @@ class Held:
             compared with references; with C3PO of all prompt tokens but the last. rows: of this forward,
             `(first token, how many are of the prompt, position of the first)`.
             watched: column of `Slots.seen` in which its last prompt token stands. compared: prompt tokens that
-            TaskDelta compares, see `voting.compared`. before: `[V]` log-probabilities of its next token under its
-            base routing, once neighbours have voted for another.
+            TaskDelta compares, see `recognising.compared`. before: `[V]` log-probabilities of its next token under
+            its base routing, once its task is recognised.
         judged: positions `[P]` of the prompt, rising, at whose tokens SCMoE's contrast is tried; None once it was, or
             where it is not. states: `[P, D]` hidden states that predict them. on: whether the pair is contrasted.
         steps: sampling steps. alone: steps that were put off because the other stream was not there.
@@ -219,7 +219,7 @@ class Bookkeeping:
             elif held.wanted.c3po is not None:
                 again = look_up(held, own.float(), self.slots.seen, self.attached.layers)
             else:
-                again = vote(held, own.float(), logits[row])
+                again = read_again(held, own.float(), logits[row])
             if again and held.slot is not None:
                 self._write(held, held.slot)
                 waiting.append(row)

@@ -16,9 +16,9 @@ from vllm.exceptions import VLLMValidationError
 from ttrouting.errors import TTRoutingError, UnsupportedCallError
 from ttrouting.vllm.contrasting import judged_positions
 from ttrouting.vllm.patching import wrap
+from ttrouting.vllm.recognising import compared
 from ttrouting.vllm.settings import KEY, Settings, read_settings
 from ttrouting.vllm.spec import Facts, Wanted, parse, read
-from ttrouting.vllm.voting import compared
 
 ABSENT = object()
 OFF = (

@@ -315,7 +315,7 @@ def _check_c3po(c3po: Any, no_harm: bool, facts: Facts) -> None:
 
 
 def _check_task_delta(task_delta: Any, no_harm: bool, facts: Facts) -> None:
-    from ttrouting.vllm.voting import check_task_delta
+    from ttrouting.vllm.recognising import check_task_delta
 
     check_task_delta(task_delta, (facts.layers, facts.experts), facts.fingerprint)
 

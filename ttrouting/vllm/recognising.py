@@ -1,4 +1,4 @@
-"""TaskDelta in an engine: a prompt is read, its neighbours vote, and it is read again under what they voted for.
+"""TaskDelta in an engine: a prompt is read, its task is recognised, and it is read again under the task's delta.
 
 Legend: `L` MoE layers, `E` experts, `D` hidden size, `V` vocabulary.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ttrouting.errors import ConfigError, UnsupportedCallError
 from ttrouting.objective import divergence
 from ttrouting.spans import last_match, leading_special
-from ttrouting.strategies._task_votes import ask_votes, mean_deltas, refusal, told, verdict
+from ttrouting.strategies._task_recognition import mean_deltas, recognise, refusal, told, verdict
 
 if TYPE_CHECKING:
     from ttrouting.vllm.bookkeeping import Held
@@ -36,10 +36,6 @@ def check_task_delta(task_delta: Any, shape: tuple[int, int], fingerprint: str) 
     found = task_delta.bank.values.shape[1:]
     if found != shape:
         raise ConfigError(f"The task deltas are for {list(found)} layers and experts, this model has {list(shape)}.")
-    if task_delta.k > len(references):
-        raise ConfigError(
-            f"task_delta.k={task_delta.k}, and this reference set has {len(references)} references. Use a smaller k."
-        )
 
 
 def compared(task_delta: Any, ids: list[int], tokenizer: Any) -> tuple[int, int]:
@@ -59,8 +55,8 @@ def compared(task_delta: Any, ids: list[int], tokenizer: Any) -> tuple[int, int]
     return min(start, leading_special(ids, tokenizer)), start
 
 
-def vote(held: Held, hidden: Tensor, logits: Tensor) -> bool:
-    """Whether the prompt is to be read again: with the delta that its neighbours vote for, or without it after all.
+def read_again(held: Held, hidden: Tensor, logits: Tensor) -> bool:
+    """Whether the prompt is to be read again: with the delta of its task, or without it after all.
 
     Args:
         hidden: `[n, D]` fp32, of the prompt's tokens in a forward. logits: `[V]` of the last of them.
@@ -81,15 +77,15 @@ def vote(held: Held, hidden: Tensor, logits: Tensor) -> bool:
         again, held.read, held.before = outcome != "accepted", True, None
         held.learned = None if again else held.learned
     elif held.total is not None:
-        held.learned, facts = voted(options, held.total / (leading + held.prompt - start), no_harm)
+        held.learned, facts = delta_of(options, held.total / (leading + held.prompt - start), no_harm)
         held.facts |= facts
         again = held.learned is not None
         held.read, held.before = not again, log_p if again else None
     return again
 
 
-def voted(task_delta: Any, pooled: Tensor, no_harm: bool) -> tuple[Tensor | None, dict[str, Any]]:
-    """The delta `[L, E]` that a prompt's neighbours vote for, or None where it keeps its base routing.
+def delta_of(task_delta: Any, pooled: Tensor, no_harm: bool) -> tuple[Tensor | None, dict[str, Any]]:
+    """The delta `[L, E]` of a prompt's task, or None where it keeps its base routing.
 
     Args:
         pooled: `[D]` mean hidden state of what is compared.
@@ -97,10 +93,10 @@ def voted(task_delta: Any, pooled: Tensor, no_harm: bool) -> tuple[Tensor | None
     Returns:
         The delta, and facts for the report.
     """
-    (vote,) = ask_votes(task_delta, pooled.double().cpu().numpy()[None])
-    outcome = refusal(task_delta, vote, no_harm)
-    facts = told(task_delta, vote)
+    (recognised,) = recognise(task_delta, pooled.double().cpu().numpy()[None])
+    outcome = refusal(task_delta, recognised, no_harm)
+    facts = told(task_delta, recognised)
     if outcome:
         return None, {"outcome": outcome, **facts}
     _, layers, experts = task_delta.bank.values.shape
-    return mean_deltas(task_delta, [vote], torch.zeros(1, layers, experts))[0], facts
+    return mean_deltas(task_delta, [recognised], torch.zeros(1, layers, experts))[0], facts
