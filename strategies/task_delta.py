@@ -44,7 +44,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
         embed_on: what of a prompt is compared with references, which are single questions: `question`, from where the
             beginning that all references share stands last; `all`; or a regular expression, from its last match on.
             A prompt without a match is compared as a whole.
-        kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts. Higher than
+        kl_limit: largest KL(adapted || base) of the next token, in nats, that `no_harm` accepts. Much higher than
             elsewhere: a delta that was confirmed moves most where the model is sure of a wrong answer.
         index: `auto`, `flat`, `hnsw` or `ivfpq`.
         embedder: as in C3PO, for sets made with another embedder than the model itself.
@@ -61,7 +61,7 @@ class TaskDelta(AsksReferences, RoutingStrategy):
     min_probability: float = 0.8
     min_similarity: float | None = None
     embed_on: str = "question"
-    kl_limit: float = 10.0
+    kl_limit: float = 20.0
     index: str = "auto"
     embedder: Any = None
 
