@@ -15,7 +15,8 @@ from oracles.questions import needs_pocket
 from oracles.refset import raw_set, write_raw
 from ttrouting.cli import app
 from ttrouting.pocket.skills import sample
-from ttrouting.refsets import ReferenceSet, TaskDeltas, TaskFit, build, fit_tasks, task_deltas
+from ttrouting.refsets import ReferenceSet, TaskDeltas, TaskFit, build, fit_tasks, fitting, task_deltas
+from ttrouting.refsets.company import embedded
 from ttrouting.refsets.familiar import least_similarity
 from ttrouting.refsets.fitting import common_head, judge
 from ttrouting.refsets.task_classifier import TaskClassifier
@@ -233,6 +234,40 @@ def test_questions_are_embedded_where_they_stand_in_a_text(small):
         near = plain.nearest(pooled.numpy(), 2, "all", most=1.0)
         lowest = min(lowest, next(cosine for number, cosine, _ in near if number != own))
     assert found == pytest.approx(0.75 * lowest, abs=1e-3)
+
+
+@needs_pocket
+def test_the_classifier_sees_references_in_longer_texts(small, monkeypatch):
+    """Each of up to 48 of a task twice, after one to six solved others: of its own task, and of any."""
+    refset, texts = ReferenceSet.open(small), []
+    model, tokenizer = ttr.load_pocket()
+    records = [refset.record(i) for i in range(len(refset))]
+    own = {t: [i for i, r in enumerate(records) if r.task == t] for t in sorted({r.task for r in records})}
+
+    def watched(target, rows, head, batch_size):
+        texts.extend(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+        return embedded(target, rows, head, batch_size)
+
+    monkeypatch.setattr(fitting, "embedded", watched)
+    fitted = fitting._classifier(Target(model, ttr.find_sites(model), tokenizer), refset, records, own, "Q: ", 16, 0)
+    assert fitted.right > 0.9
+    prompts = {r.prompt: r for r in records}
+    asked = ["Q: " + text.rsplit("Q: ", 1)[1] for text in texts]
+    assert {prompt: asked.count(prompt) for prompt in asked} == dict.fromkeys(prompts, 2)
+    mixed = 0
+    for number, (text, prompt) in enumerate(zip(texts, asked, strict=True)):
+        before = [r for r in records if r.solved in text[: -len(prompt)]]
+        assert 1 <= len(before) <= 6
+        assert "".join(sorted(r.solved for r in before)) == "".join(sorted(_solved(text[: -len(prompt)])))
+        assert prompts[prompt] not in before
+        if number % 2 == 0:
+            assert {r.task for r in before} == {prompts[prompt].task}
+        mixed += len({r.task for r in before}) > 1
+    assert mixed > 20
+
+
+def _solved(front):
+    return ["Q: " + part for part in front.split("Q: ")[1:]]
 
 
 # --- fitting a set ------------------------------------------------------------------------------------
