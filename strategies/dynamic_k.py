@@ -8,7 +8,7 @@ computed (`ttrouting.kernels`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
 from typing import Any, ClassVar, Self
 
@@ -285,6 +285,7 @@ class DynamicKRun(RoutingRun):
         session, seen = self.session, self.strategy.calibration
         if seen is None or not session.plan.target.no_harm:
             return
+        context = replace(context, targets=torch.zeros_like(context.targets))  # the next token's is all that counts
         with session.without(self):
             _, base = token_losses(session, context)
         meter = UsageMeter(session)
