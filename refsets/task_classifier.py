@@ -34,8 +34,7 @@ class TaskClassifier:
     def probabilities(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         """`[B, T]` for vectors `[B, D]`."""
         logits = vectors.astype(np.float64) @ self.weight.T.astype(np.float64) + self.bias
-        exponents = np.exp(logits - logits.max(1, keepdims=True))
-        return np.asarray(exponents / exponents.sum(1, keepdims=True))
+        return torch.from_numpy(logits).softmax(1).numpy()
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,9 @@ def fit_classifier(
 @torch.enable_grad()
 def _descend(vectors: Tensor, tasks: Tensor, count: int, penalty: float) -> tuple[Tensor, Tensor]:
     """Weight `[T, D]` and bias `[T]` at the minimum, by L-BFGS from 0."""
-    weight = torch.zeros(count, vectors.shape[1], requires_grad=True)
-    bias = torch.zeros(count, requires_grad=True)
+    # in the vectors' type, whatever the default type is that a model is loaded under
+    weight = vectors.new_zeros(count, vectors.shape[1]).requires_grad_()
+    bias = vectors.new_zeros(count).requires_grad_()
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=STEPS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )

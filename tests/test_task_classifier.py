@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 
 from ttrouting.refsets.task_classifier import HELD_OUT, PENALTIES, TaskClassifier, fit_classifier
@@ -96,6 +97,19 @@ def test_it_tells_apart_what_neighbours_cannot():
     found = fit_classifier(rows, tasks, np.arange(200), 2).classifier.probabilities(asked).argmax(1)
     assert (nearest == wanted).mean() < 0.85
     assert (found == wanted).mean() > 0.97
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_type_that_models_are_loaded_in_does_not_matter(default):
+    rows, tasks = drawn(40)
+    expected = fit_classifier(rows, tasks, np.arange(40), T).classifier
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = fit_classifier(rows, tasks, np.arange(40), T).classifier
+    finally:
+        torch.set_default_dtype(before)
+    assert np.array_equal(found.weight, expected.weight)
 
 
 def test_few_questions_and_one_task():
