@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import ttrouting as ttr
-from ttrouting.pathways import encode, read_prompts
+from ttrouting.pathways import encode
 from ttrouting.pocket.skills import Example, few_shot_prompt, sample, shifted_pairs, trained_pairs
+from ttrouting.refsets.company import embedded
 from ttrouting.refsets.kernels import weights
-from ttrouting.spans import last_match, tokens_from
 from ttrouting.target import Target
 
 CERTAIN = 0.8
@@ -30,13 +30,12 @@ PAIRS = trained_pairs() + shifted_pairs()
 def prompts(n: int, kind: str, draw: random.Random) -> tuple[list[str], list[str]]:
     """Test questions of every task in one kind of prompt, and their tasks."""
     texts, tasks = [], []
+    shots: Sequence[Example]
     for skill, dialect in PAIRS:
         for question in sample(skill, dialect, "test", n):
             same = sample(skill, dialect, "dev", 6)
             other = [one for pair in draw.sample(PAIRS, 6) for one in sample(*pair, "dev", 1)]
-            shots: Sequence[Example] = {"six of its task": same, "three of any": other[:3], "six of any": other}.get(
-                kind, []
-            )
+            shots = {"six of its task": same, "three of any": other[:3], "six of any": other}.get(kind, [])
             texts.append(few_shot_prompt(shots, question) + " " * (kind != "no blank at the end"))
             tasks.append(f"{skill}/{dialect}")
     return texts, tasks
@@ -49,18 +48,14 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = ttr.load_pocket()
     strategy, target = ttr.TaskDelta(), Target(model, ttr.find_sites(model), tokenizer)
-    references, bank, head = strategy.references, strategy.bank, strategy.question
+    references, bank = strategy.references, strategy.bank
     names = np.array(list(bank.tasks))
     print("| prompt | known, mistaken: vote of 8 nearest | classifier | cosine to the nearest |")
     print("|---|---|---|---|")
     for kind in ("the question alone", "no blank at the end", "six of its task", "three of any", "six of any"):
         texts, tasks = prompts(options.n, kind, random.Random(0))
-        pooled = []
-        for start in range(0, len(texts), 32):
-            rows, _ = encode(tokenizer, texts[start : start + 32], [""] * len(texts[start : start + 32]))
-            starts = [0 if head is None else last_match(row, head, tokenizer) or 0 for row in rows]
-            pooled.append(read_prompts(target, rows, tokens_from(rows, starts, tokenizer))[1])
-        query = torch.cat(pooled).double().numpy()
+        rows, _ = encode(tokenizer, texts, [""] * len(texts))
+        query = embedded(target, rows, bank.head, 32)
         near = references.search(query, 8, use="all", max_similarity=1.0)
         vote = np.zeros((len(texts), len(names)))
         for row, (numbers, each) in enumerate(zip(near.index, weights("gaussian", near), strict=True)):

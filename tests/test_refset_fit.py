@@ -258,7 +258,7 @@ def test_the_classifier_sees_references_in_longer_texts(small, monkeypatch):
     for number, (text, prompt) in enumerate(zip(texts, asked, strict=True)):
         before = [r for r in records if r.solved in text[: -len(prompt)]]
         assert 1 <= len(before) <= 6
-        assert "".join(sorted(r.solved for r in before)) == "".join(sorted(_solved(text[: -len(prompt)])))
+        assert sorted(r.solved for r in before) == sorted(_solved(text[: -len(prompt)]))
         assert prompts[prompt] not in before
         if number % 2 == 0:
             assert {r.task for r in before} == {prompts[prompt].task}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKED
-from ttrouting.evaluation.report.markdown import ranged
+from ttrouting.evaluation.report.markdown import ranged, score
 from ttrouting.evaluation.statistics import ALPHA, LEVEL, Paired, combined_interval, holm, mean_interval, verdict
 
 Results = Mapping[str, Any]  # the content of `docs/results.json`
@@ -90,6 +90,11 @@ def comparisons(results: Results) -> dict[int, Comparison]:
     for comparison in found.values():
         comparison["family"] = len(cells)
     return found
+
+
+def scored(tasks: Mapping[str, Any]) -> list[str]:
+    """Variants that were scored on any of these sets, in the order of the plan."""
+    return [name for name in ORDER if any(name in one["variants"] for one in tasks.values())]
 
 
 ORDER = [name for v in VARIANTS for name in ([SELF_CONSISTENCY] if v.samples > 1 else []) + [v.name]]
@@ -217,7 +222,7 @@ def _room(results: Results, shots: int) -> Target:
     if not gains:
         return Target(words, None, "no oracle was measured")
     facts = f"{len(wide)} of {len(gains)} that were measured, whose gains are "
-    facts += f"{100 * min(gains.values()):+.1f} to {100 * max(gains.values()):+.1f}"
+    facts += " to ".join(score(end(gains.values()), True, signed=True) for end in (min, max))
     possible = len(wide) + len(SHIFTED) - len(gains) >= ROOM_SETS
     return Target(
         words, True if len(wide) >= ROOM_SETS else None if possible and len(gains) < len(SHIFTED) else False, facts

@@ -7,7 +7,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from demos.study.arithmetic import ORDER, Comparison, Results, only
+from demos.study.arithmetic import Comparison, Results, only, scored
 from demos.study.plan import SHIFTED, TRAINED
 from ttrouting.evaluation.report.canvas import panels_of, styled, write_png
 from ttrouting.evaluation.report.colours import FAINT, GREY, GROUND, INK, style
@@ -45,8 +45,8 @@ def front(comparison: Comparison) -> Any:
 
 def differences(comparison: Comparison, sets: Sequence[str]) -> Any:
     """Points over base by variant and set; bold where that is no luck, empty where nothing was scored."""
-    tasks = {name: one["variants"] for name, one in comparison["tasks"].items() if name in sets}
-    names = [name for name in ORDER if any(name in one for one in tasks.values())]
+    part = {name: one for name, one in comparison["tasks"].items() if name in sets}
+    names, tasks = scored(part), {name: one["variants"] for name, one in part.items()}
     if not names:
         return None
     size = 0.64 * len(tasks), 0.26 * len(names) + 0.8

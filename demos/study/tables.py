@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from demos.study.arithmetic import ORDER, Comparison, Gap, Results, cell, gaps, only, saved
+from demos.study.arithmetic import Comparison, Gap, Results, cell, gaps, only, saved, scored
 from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKED
 from ttrouting.evaluation.report.markdown import NONE, number, p_value, ranged, score, times
 from ttrouting.evaluation.statistics import combined_interval
@@ -42,9 +42,9 @@ def overview(results: Results, comparison: Comparison, shots: int) -> str:
     closed = gaps(results, shots)
     header = ["variant", "accuracy", "difference", "helps", "hurts", "gap closed", "FLOPs", "first token"]
     header += ["experts/token", "rolled back"]
-    rows = [["base", _accuracy([one["base"] for one in part.values()]), "", "", "", "", "1x", "1x"]]
-    rows[0] += [*_experts(part, None), ""]
-    for name in _variants(part):
+    accuracy = _accuracy([one["base"] for one in part.values()])
+    rows = [["base", accuracy, "", "", "", "", "1x", "1x", *_experts(part, None), ""]]
+    for name in scored(part):
         there = [one["variants"][name] for one in part.values() if name in one["variants"]]
         complete, verdicts = len(there) == len(part), [c["verdict"] for c in there]
         rolled = [c["rolled_back"] for c in there if c["rolled_back"] is not None]
@@ -67,15 +67,10 @@ def by_set(comparison: Comparison, sets: Sequence[str]) -> str:
     """Variants by sets: accuracy, and the paired difference."""
     part = {name: one for name, one in comparison["tasks"].items() if name in sets}
     rows = [["base", *(score(one["base"]["mean"], True) for one in part.values())]]
-    for name in _variants(part):
+    for name in scored(part):
         cells = [one["variants"].get(name) for one in part.values()]
         rows.append([name, *(NONE if c is None else f"{score(c['mean'], True)} {change(c)}" for c in cells)])
     return markdown(["variant", *part], rows)
-
-
-def _variants(tasks: Mapping[str, Any]) -> list[str]:
-    """That were scored on any of these sets, in the order of the plan."""
-    return [name for name in ORDER if any(name in one["variants"] for one in tasks.values())]
 
 
 def _accuracy(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -142,7 +137,7 @@ def harm(comparison: Comparison) -> str:
     tasks = {name: one for name, one in comparison["tasks"].items() if name in TRAINED}
     rules = {v.name: "on" if v.no_harm else "off" for v in VARIANTS} | {SELF_CONSISTENCY: ""}
     rows = []
-    for name in _variants(tasks):
+    for name in scored(tasks):
         cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
         worst = min(cells, key=lambda t: cells[t]["difference"])
         verdicts = [c["verdict"] for c in cells.values()]
@@ -225,7 +220,7 @@ def advice(comparison: Comparison) -> list[str]:
     """When to use what, and when not: of each variant what it did, sorted by what that comes to."""
     lines: dict[str, list[str]] = {"Use": [], "With care": [], "Not for accuracy": [], "Nothing can be told": []}
     tasks = comparison["tasks"]
-    for name in _variants(tasks):
+    for name in scored(tasks):
         cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
         by_word = {word: _counted(cells, word) for word in ("helps", "hurts")}
         kind = {
