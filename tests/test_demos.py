@@ -18,6 +18,7 @@ from demos import (
     c3po_own_data,
     chat_script,
     evaluate,
+    scmoe_room,
     several_devices,
     vllm_requests,
     wrap_generate,
@@ -53,6 +54,27 @@ def test_the_page_lists_every_demo_with_its_own_command():
 
 
 # --- the pocket model ----------------------------------------------------------------------------------
+
+
+def test_scmoe_room_counts_what_generating_would():
+    """Reading right answers with contrast by hand counts as many right as SCMoE generates."""
+    n, beta = 8, 1.2
+    model, tokenizer = ttr.load_pocket()
+    expected = {}
+    for weak in ("rank:2", "rank:4"):
+        right = 0
+        with ttr.adapt(model, ttr.SCMoE(beta=beta, weak=weak, judge_on=None), no_harm=False) as adapted:
+            for ids, answers in scmoe_room.batches(tokenizer, "word", "letters", n):
+                for row, answer in zip(ids, answers, strict=True):
+                    out = adapted.generate(row[None, : answer.start], max_new_tokens=answer.stop - answer.start)
+                    right += torch.equal(out[0, answer.start :], row[answer])
+        expected[weak.replace(":", " ")] = right
+    usual, changed = scmoe_room.count(model, tokenizer, scmoe_room.Weak(model), "word", "letters", n)
+    assert usual > 0
+    assert min(expected.values()) < usual
+    for name, right in expected.items():
+        everywhere = (name, beta, float("inf"))
+        assert usual + changed[(*everywhere, True)] - changed[(*everywhere, False)] == right
 
 
 def test_wrap_generate(pocket, capsys, monkeypatch):
