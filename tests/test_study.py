@@ -171,6 +171,34 @@ def test_targets(results):
     assert "scmoe on " in harm.facts
 
 
+def test_advice(results):
+    """A variant's kind follows from what the fixture made of it; a combination must beat its parts."""
+    sets = results["runs"]["6"]
+    for i, name in enumerate(sets):
+        both = better(sets[name]["base"], 0.4 if name == SHIFTED[0] else 0.0, i)
+        sets[name]["variants"]["c3po"] = variant(both, 20.0)
+        sets[name]["variants"]["task_delta"] = dict(sets[name]["variants"]["rerouting"])
+        sets[name]["variants"]["task_delta+dynamic_k"] = {
+            **sets[name]["variants"]["rerouting"],
+            "cost": cost(5.0, 1.2),
+        }
+        sets[name]["variants"]["task_delta+scmoe"] = dict(sets[name]["variants"]["rerouting"])
+    kinds, kind = {}, ""
+    for line in tables.advice(arithmetic.comparisons(results)[6]).splitlines()[2:]:
+        told, name = (one.strip("*` ") for one in line.split("|")[1:3])
+        kind = told or kind
+        kinds[name] = kind
+    assert kinds == {
+        "rerouting": "Use",
+        "task_delta": "Use",
+        "task_delta+dynamic_k": "Use",
+        "c3po": "Helps now and then",
+        "task_delta+scmoe": "No better than a part of it",
+        "dynamic_k_top_p": "Use for fewer experts",
+        "scmoe": "Not for accuracy",
+    }
+
+
 def test_what_is_not_there_is_not_judged(results):
     results["runs"]["6"], results["oracles"]["6"] = {}, {}
     assert [one.met for one in arithmetic.targets(results, arithmetic.comparisons(results)[6], 6)] == [None] * 5

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from demos.study.arithmetic import Comparison, Gap, Results, cell, gaps, only, saved, scored
+from demos.study.arithmetic import DROPPED, Comparison, Gap, Results, cell, gaps, only, saved, scored
 from demos.study.plan import SELF_CONSISTENCY, SHIFTED, TRAINED, VARIANTS, WORKED
 from ttrouting.evaluation.report.markdown import NONE, number, p_value, ranged, score, times
 from ttrouting.evaluation.statistics import combined_interval
@@ -20,6 +20,17 @@ SETTINGS = {
     "C3PO": ("c3po_mode_finding_paper", "c3po_kernel_regression_paper", "c3po_ngd_paper", "c3po", "c3po_all_tokens"),
     "SCMoE": ("scmoe", "scmoe_tuned"),
 }
+SEEN = 0.005  # share of the expert calls that is worth a number
+SLACK = 0.005  # mean difference that is worth no second strategy
+KINDS = (
+    "Use",  # helps on a third of the shifted sets or more, and hurts nowhere
+    "Helps now and then",  # on fewer
+    "No better than a part of it",  # a combination
+    "Use for fewer experts",  # no set differs
+    "With care",  # helps here and hurts there
+    "Not for accuracy",
+    "Nothing can be told",
+)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -216,37 +227,62 @@ def settings(comparison: Comparison) -> str:
     return markdown(header, rows, left=3)
 
 
-def advice(comparison: Comparison) -> list[str]:
-    """When to use what, and when not: of each variant what it did, sorted by what that comes to."""
-    lines: dict[str, list[str]] = {"Use": [], "With care": [], "Not for accuracy": [], "Nothing can be told": []}
+def advice(comparison: Comparison) -> str:
+    """When to use what, and when not: by kinds of variants, the largest gain first."""
     tasks = comparison["tasks"]
-    for name in scored(tasks):
-        cells = {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
-        by_word = {word: _counted(cells, word) for word in ("helps", "hurts")}
-        kind = {
-            (True, False): "Use",
-            (True, True): "With care",
-            (False, True): "Not for accuracy",
-            (False, False): "Nothing can be told",
-        }[bool(by_word["helps"]), bool(by_word["hurts"])]
-        said = "; ".join(f"{word} on {on}" for word, on in by_word.items() if on)
-        said = said or f"no set of {len(cells)} differs"
-        cost = _ratio(list(cells.values()), "flops")
-        experts = _ratio_of_experts(tasks, name)
-        lines[kind].append(f"`{name}` ({ABOUT[name]}): {said}; {cost} the FLOPs{experts}")
-    return [f"- **{kind}**: {line}." for kind, found in lines.items() for line in found]
+    cells = {
+        name: {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
+        for name in scored(tasks)
+    }
+    kinds = {name: _kind(comparison, cells, name) for name in cells}
+    header = [
+        "",
+        "variant",
+        "what it is",
+        "on shifted sets",
+        "helps, hurts",
+        "on trained sets",
+        "helps, hurts",
+        "FLOPs",
+    ]
+    rows = []
+    for kind in KINDS:
+        names = sorted((n for n in cells if kinds[n] == kind), key=lambda n: -_gain(cells[n]))
+        for name in names:
+            row = [f"**{kind}**" if name == names[0] else "", f"`{name}`", ABOUT[name]]
+            for group in (SHIFTED, TRAINED):
+                there = [cells[name][t] for t in group if t in cells[name]]
+                row += [_mean(there), _verdicts(there)] if there else [NONE, ""]
+            fewer = saved(comparison, name)
+            dropped = f"{100 * fewer.dropped:.0f} %" if fewer is not None and fewer.dropped >= SEEN else ""
+            rows.append([*row, _ratio(list(cells[name].values()), "flops"), dropped])
+    return markdown(header, rows, left=3)
 
 
-def _counted(cells: Mapping[str, Mapping[str, Any]], word: str) -> str:
-    """On how many sets this is the verdict; empty where it is on none."""
-    told = []
-    for kind, group in (("shifted", SHIFTED), ("trained", TRAINED)):
-        verdicts = [c["verdict"] for name, c in cells.items() if name in group]
-        if word in verdicts:
-            told.append(f"{verdicts.count(word)} of {len(verdicts)} {kind} sets")
-    return " and ".join(told)
+def _kind(comparison: Comparison, cells: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """Which of `KINDS` a variant is, among all (variant to set to cell)."""
+    verdicts = {t: c["verdict"] for t, c in cells[name].items()}
+    if "hurts" in verdicts.values():
+        return "With care" if "helps" in verdicts.values() else "Not for accuracy"
+    fewer = saved(comparison, name)
+    saves = fewer is not None and fewer.dropped >= DROPPED
+    if "helps" not in verdicts.values():
+        return "Use for fewer experts" if saves else "Nothing can be told"
+    shared = [part for part in name.split("+") if part != name and cells[name].keys() <= cells.get(part, {}).keys()]
+    if not saves and any(
+        _gain({t: cells[part][t] for t in cells[name]}) >= _gain(cells[name]) - SLACK for part in shared
+    ):
+        return "No better than a part of it"
+    shifted = [v for t, v in verdicts.items() if t in SHIFTED]
+    return "Use" if shifted.count("helps") >= len(shifted) / 3 else "Helps now and then"
 
 
-def _ratio_of_experts(tasks: Mapping[str, Any], name: str) -> str:
-    found = saved({"tasks": tasks}, name)
-    return f", {100 * found.dropped:.0f} % fewer expert calls" if found is not None and found.dropped >= 0.02 else ""
+def _gain(cells: Mapping[str, Mapping[str, Any]]) -> float:
+    """Mean difference over the shifted sets, or over all where there are none."""
+    shifted = [c["difference"] for t, c in cells.items() if t in SHIFTED]
+    return fmean(shifted or [c["difference"] for c in cells.values()])
+
+
+def _verdicts(cells: Sequence[Mapping[str, Any]]) -> str:
+    helps, hurts = (sum(c["verdict"] == word for c in cells) for word in ("helps", "hurts"))
+    return f"{helps}, {hurts} of {len(cells)}"
