@@ -55,9 +55,10 @@ def page(results: Results, found: Mapping[int, Comparison], files: Mapping[str, 
         "## In short",
         summary(results, found),
         "## When to use what, and when not",
-        "*Use*: told apart from luck as a help on a third of the shifted sets or more, as a harm on none. *Helps now "
-        "and then*: on fewer. *No better than a part of it*: a combination that one of its parts equals to half a "
-        "point. *Nothing can be told*: no set differs. [How to choose](choosing.md) is for models that are no fixture.",
+        "*Use*: told apart from luck as a help on a third of the shifted sets or more, as a harm on none. *Helps "
+        "now and then*: on fewer. *No better than a part of it*: a combination that one of its parts equals to half "
+        "a point. *Nothing can be told*: no set differs. [How to choose](choosing.md) is for models that are no "
+        "fixture.",
         *_advice(found),
     ]
     for shots in (s for s in SHOTS if found.get(s, {}).get("tasks")):
