@@ -45,9 +45,16 @@ STEPS = (
     Step(
         "model",
         "hours",
-        ("demos/train_pocket.py", "ttrouting/pocket/skills.py", "ttrouting/pocket/card.py"),
-        (f"{WEIGHTS}/model.safetensors", f"{WEIGHTS}/tokenizer.json", f"{WEIGHTS}/README.md"),
+        ("demos/train_pocket.py", "ttrouting/pocket/skills.py"),
+        (f"{WEIGHTS}/model.safetensors", f"{WEIGHTS}/tokenizer.json"),
         (f"python demos/train_pocket.py --out {WEIGHTS} --checkpoint {DRAFT}/training",),
+    ),
+    Step(
+        "card",
+        "minutes",
+        (f"{WEIGHTS}/model.safetensors", f"{WEIGHTS}/tokenizer.json", "ttrouting/pocket/card.py"),
+        (f"{WEIGHTS}/README.md",),
+        (f"python demos/train_pocket.py --out {WEIGHTS} --card",),
     ),
     Step(
         "refset",

@@ -184,7 +184,9 @@ def test_advice(results):
         }
         sets[name]["variants"]["task_delta+scmoe"] = dict(sets[name]["variants"]["rerouting"])
     kinds, kind = {}, ""
-    for line in tables.advice(arithmetic.comparisons(results)[6]).splitlines()[2:]:
+    lines = tables.advice(arithmetic.comparisons(results)[6]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    for line in lines[2:]:
         told, name = (one.strip("*` ") for one in line.split("|")[1:3])
         kind = told or kind
         kinds[name] = kind

@@ -235,16 +235,8 @@ def advice(comparison: Comparison) -> str:
         for name in scored(tasks)
     }
     kinds = {name: _kind(comparison, cells, name) for name in cells}
-    header = [
-        "",
-        "variant",
-        "what it is",
-        "on shifted sets",
-        "helps, hurts",
-        "on trained sets",
-        "helps, hurts",
-        "FLOPs",
-    ]
+    header = ["", "variant", "what it is", "on shifted sets", "helps, hurts", "on trained sets", "helps, hurts"]
+    header += ["FLOPs", "expert calls dropped"]
     rows = []
     for kind in KINDS:
         names = sorted((n for n in cells if kinds[n] == kind), key=lambda n: -_gain(cells[n]))
