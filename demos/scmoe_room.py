@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import ttrouting as ttr
-from strategies.scmoe import contrast
 from ttrouting.pocket.skills import few_shot_prompt, sample
+from ttrouting.strategies.scmoe import contrast
 
 SETS = (("word", "digits"), ("word", "letters"))  # those with worked steps that the model fails most
 BETAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
@@ -89,16 +89,16 @@ def count(model: Any, tokenizer: Any, weak: Weak, skill: str, dialect: str, n: i
         wanted = [row[answer] for row, answer in zip(ids, answers, strict=True)]
         weak.rule = {}
         strong = answer_logits(model, ids, answers)
-        usual = [bool((z.argmax(-1) == w).all()) for z, w in zip(strong, wanted, strict=True)]
-        right += sum(usual)
+        usual = [z.argmax(-1) == w for z, w in zip(strong, wanted, strict=True)]
+        right += sum(bool(hits.all()) for hits in usual)
         for name, weak.rule in weak_routings(len(model.model.layers)).items():
             for z, other, w, was in zip(strong, answer_logits(model, ids, answers), wanted, usual, strict=True):
-                best = z.topk(2).values
+                first, second = z.topk(2).values.unbind(-1)
                 for beta in BETAS:
                     hits = contrast(z, other, 0.1, beta).argmax(-1) == w
                     for margin in MARGINS:
-                        now = bool(hits.where(best[:, 0] - best[:, 1] < margin, z.argmax(-1) == w).all())
-                        changed[name, beta, margin, now] += now != was
+                        now = bool(hits.where(first - second < margin, was).all())
+                        changed[name, beta, margin, now] += now != bool(was.all())
     return right, changed
 
 

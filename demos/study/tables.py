@@ -221,8 +221,7 @@ def settings(comparison: Comparison) -> str:
             row = [method, name, ABOUT[name]]
             for group in (SHIFTED, TRAINED):
                 cells = [one["variants"][name] for t, one in shared.items() if t in group]
-                verdicts = [c["verdict"] for c in cells]
-                row += [_mean(cells) if cells else NONE, f"{verdicts.count('helps')}, {verdicts.count('hurts')}"]
+                row += [_mean(cells) if cells else NONE, _verdicts(cells)]
             rows.append([*row, _ratio([one["variants"][name] for one in shared.values()], "flops")])
     return markdown(header, rows, left=3)
 
@@ -234,7 +233,8 @@ def advice(comparison: Comparison) -> str:
         name: {t: one["variants"][name] for t, one in tasks.items() if name in one["variants"]}
         for name in scored(tasks)
     }
-    kinds = {name: _kind(comparison, cells, name) for name in cells}
+    dropped = {name: found.dropped for name in cells if (found := saved(comparison, name)) is not None}
+    kinds = {name: _kind(cells, name, dropped[name] >= DROPPED) for name in cells}
     header = ["", "variant", "what it is", "on shifted sets", "helps, hurts", "on trained sets", "helps, hurts"]
     header += ["FLOPs", "expert calls dropped"]
     rows = []
@@ -244,26 +244,23 @@ def advice(comparison: Comparison) -> str:
             row = [f"**{kind}**" if name == names[0] else "", f"`{name}`", ABOUT[name]]
             for group in (SHIFTED, TRAINED):
                 there = [cells[name][t] for t in group if t in cells[name]]
-                row += [_mean(there), _verdicts(there)] if there else [NONE, ""]
-            fewer = saved(comparison, name)
-            dropped = f"{100 * fewer.dropped:.0f} %" if fewer is not None and fewer.dropped >= SEEN else ""
-            rows.append([*row, _ratio(list(cells[name].values()), "flops"), dropped])
+                row += [_mean(there), f"{_verdicts(there)} of {len(there)}"] if there else [NONE, ""]
+            fewer = f"{100 * dropped[name]:.0f} %" if dropped[name] >= SEEN else ""
+            rows.append([*row, _ratio(list(cells[name].values()), "flops"), fewer])
     return markdown(header, rows, left=3)
 
 
-def _kind(comparison: Comparison, cells: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """Which of `KINDS` a variant is, among all (variant to set to cell)."""
-    verdicts = {t: c["verdict"] for t, c in cells[name].items()}
+def _kind(cells: Mapping[str, Mapping[str, Any]], name: str, saves: bool) -> str:
+    """Which of `KINDS` a variant is, among all (variant to set to cell); whether it saves experts is known."""
+    own = cells[name]
+    verdicts = {t: c["verdict"] for t, c in own.items()}
     if "hurts" in verdicts.values():
         return "With care" if "helps" in verdicts.values() else "Not for accuracy"
-    fewer = saved(comparison, name)
-    saves = fewer is not None and fewer.dropped >= DROPPED
     if "helps" not in verdicts.values():
         return "Use for fewer experts" if saves else "Nothing can be told"
-    shared = [part for part in name.split("+") if part != name and cells[name].keys() <= cells.get(part, {}).keys()]
-    if not saves and any(
-        _gain({t: cells[part][t] for t in cells[name]}) >= _gain(cells[name]) - SLACK for part in shared
-    ):
+    parts = [cells.get(part, {}) for part in name.split("+") if part != name]
+    alone = [_gain({t: part[t] for t in own}) for part in parts if own.keys() <= part.keys()]
+    if not saves and any(gain >= _gain(own) - SLACK for gain in alone):
         return "No better than a part of it"
     shifted = [v for t, v in verdicts.items() if t in SHIFTED]
     return "Use" if shifted.count("helps") >= len(shifted) / 3 else "Helps now and then"
@@ -277,4 +274,4 @@ def _gain(cells: Mapping[str, Mapping[str, Any]]) -> float:
 
 def _verdicts(cells: Sequence[Mapping[str, Any]]) -> str:
     helps, hurts = (sum(c["verdict"] == word for c in cells) for word in ("helps", "hurts"))
-    return f"{helps}, {hurts} of {len(cells)}"
+    return f"{helps}, {hurts}"
